@@ -1,0 +1,166 @@
+"""Where a per-channel scale of some linears' input can go: into the norm or linear before them.
+
+y = W x = (W diag(s)) (x / s), and the division by s is folded into what makes x (AWQ, arXiv
+2306.00978, section 3.2). Which module that is, Olive's LayerWrapper says; whether it may be done is
+not looked up by architecture but tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from olive.common.hf.wrapper import LayerWrapper, ModelWrapper
+from torch import Tensor, nn
+
+
+@dataclass
+class Fold:
+    """Linears that read one input of n channels, and the module that makes the input."""
+
+    linears: list[nn.Linear]
+    """All readers of the input."""
+    source: Any
+    """A norm of n channels, or a linear."""
+    block: nn.Module
+    """The module whose output shows the error of the linears' weights."""
+    rows: slice = field(default_factory=lambda: slice(None))
+    """Rows of a linear source that make the input: the v of a packed qkv, the up of a gate_up."""
+    repeats: int = 1
+    """Channels of the input made by one row: query heads for each key-value head."""
+    head_size: int = 1
+    """Channels that are repeated together."""
+
+    def tie(self, x: Tensor) -> Tensor:
+        """Give channels that one row makes their mean value; (n,) to (n,)."""
+        heads = x.reshape(-1, self.repeats, self.head_size)
+        return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
+
+    def apply(self, s: Tensor, dtype: torch.dtype) -> Tensor:
+        """Divide the source by s (n,) and multiply the linears by it, in place.
+
+        A norm keeps its `dtype`, so its weight is rounded to it first and the linears are
+        multiplied by what it then really divides by: the model's function does not change.
+
+        Returns:
+            The s that was applied, (n,) float32.
+        """
+        if isinstance(self.source, nn.Linear):
+            one = s.reshape(-1, self.repeats, self.head_size)[:, 0].reshape(-1)
+            self.source.weight.data[self.rows] /= one[:, None]
+            if self.source.bias is not None:
+                self.source.bias.data[self.rows] /= one
+        else:
+            s = _divide_norm(self.source, s, dtype)
+        for linear in self.linears:
+            linear.weight.data *= s
+        return s
+
+
+def _divide_norm(norm: Any, s: Tensor, dtype: torch.dtype) -> Tensor:
+    offset = _weight_offset(norm)
+    old = norm.weight.data + offset
+    weight = (old / s - offset).to(dtype).to(s.dtype)
+    new = weight + offset
+    s = torch.where((old != 0) & (new != 0), old / new, s)
+    if (bias := getattr(norm, "bias", None)) is not None:
+        new_bias = (bias.data / s).to(dtype).to(s.dtype)
+        bias.data.copy_(new_bias)
+    norm.weight.data.copy_(torch.where(old != 0, weight, norm.weight.data))
+    return s
+
+
+def _weight_offset(norm: Any) -> int:
+    """1 for a norm that multiplies by 1 + weight, as Gemma's does, else 0."""
+    with restored([norm]):
+        for parameter in norm.parameters(recurse=False):
+            parameter.data.zero_()
+        size = norm.weight.numel()
+        x = torch.linspace(-1, 1, size, device=norm.weight.device, dtype=norm.weight.dtype)
+        return int(norm(x).abs().max() > 0)
+
+
+@contextmanager
+def restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the modules' own parameters back at the end."""
+    kept = [(p, p.data.clone()) for m in modules for p in m.parameters(recurse=False)]
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def _linears(get: Callable[[bool], list[nn.Module]]) -> list[nn.Linear]:
+    try:
+        modules = get(False)
+    except AttributeError:  # no attention in this layer, experts, or names Olive does not know
+        return []
+    found = [m for m in modules if isinstance(m, nn.Linear) and hasattr(m, "quant_info")]
+    return found if len(found) == len(modules) else []
+
+
+def _norm(get: Callable[[bool], Any]) -> list[Any]:
+    try:
+        norm = get(False)
+    except AttributeError:
+        return []
+    return [norm] if getattr(norm, "weight", None) is not None else []
+
+
+def candidates(wrapper: ModelWrapper, layer: LayerWrapper) -> Iterator[list[Fold]]:
+    """Yield, for each input of a layer's linears, the folds to try, the likeliest first."""
+    attn_in, attn_out = _linears(layer.get_attention_inputs), _linears(layer.get_attention_outputs)
+    mlp_in, mlp_out = _linears(layer.get_mlp_inputs), _linears(layer.get_mlp_outputs)
+    if attn_in:
+        yield [Fold(attn_in, norm, layer.attn) for norm in _norm(layer.get_first_layer_norm)]
+    if attn_in and attn_out:
+        yield _value_folds(wrapper, attn_in[-1], attn_out[0])
+    if mlp_in:
+        yield [Fold(mlp_in, norm, layer.mlp) for norm in _norm(layer.get_second_layer_norm)]
+    if mlp_in and mlp_out:
+        out, n = mlp_out[0], mlp_out[0].in_features
+        rows = slice(-n, None)  # a packed gate_up has up last
+        fits = [m for m in reversed(mlp_in) if m.out_features in (n, 2 * n)]
+        yield [Fold([out], m, out, rows) for m in fits]
+
+
+def _value_folds(wrapper: ModelWrapper, v: nn.Linear, o: nn.Linear) -> list[Fold]:
+    """v → o: o reads each of v's heads as often as there are query heads for it."""
+    size = wrapper.num_key_value_heads * wrapper.head_dim
+    if v.out_features < size or o.in_features % size:
+        return []
+    return [Fold([o], v, o, slice(-size, None), o.in_features // size, wrapper.head_dim)]
+
+
+def leaves_unchanged(
+    fold: Fold, expected: Tensor, run: Callable[[], Tensor], dtype: torch.dtype
+) -> bool:
+    """Try a fold: scales of 2 and 1/2 are exact, so a valid one leaves what `run` gives alone.
+
+    False for a fold across a nonlinearity, for a norm that something else reads too, and wherever
+    channels are not where they were expected.
+    """
+    n = fold.linears[0].in_features
+    device = fold.linears[0].weight.device
+    pattern = torch.arange(n // fold.repeats, device=device) % 3 - 1  # period 3: no head has it
+    s = 2.0 ** pattern.reshape(-1, 1, fold.head_size).expand(-1, fold.repeats, -1).reshape(-1)
+    with restored([fold.source, *fold.linears]):
+        fold.apply(s, dtype)
+        found = run()
+    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def query_key_rows(wrapper: ModelWrapper, layer: LayerWrapper) -> dict[nn.Linear, slice]:
+    """Rows of the linears that make queries and keys.
+
+    Their error shows in the attention's weights and not in proportion to the output's, so they are
+    not clipped.
+    """
+    found = _linears(layer.get_attention_inputs)
+    if len(found) == 1:
+        return {found[0]: slice(-wrapper.num_key_value_heads * wrapper.head_dim)}
+    return dict.fromkeys(found[:2], slice(None))

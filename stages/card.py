@@ -1,0 +1,138 @@
+"""The model card: what a package is, how well it does and how it is run."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from stages.params import Params
+
+NAMES = {
+    "base": "base model, PyTorch float32",
+    "quantized": "quantized, PyTorch",
+    "quantized_lora": "quantized + LoRA, PyTorch",
+    "onnx_off": "this package, adapter off",
+    "onnx_on": "**this package, adapter on**",
+}
+# Plain onnxruntime-genai: nothing of Olivepress is needed to run a package.
+SNIPPET = """\
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+adapters = og.Adapters(model)
+adapters.load("adapters/{adapter}.onnx_adapter", "{adapter}")
+prompt = tokenizer.encode({prompt!r})
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=len(prompt) + {tokens}, do_sample=False)
+generator = og.Generator(model, params)
+generator.set_active_adapter(adapters, "{adapter}")  # leave out for the base model
+generator.append_tokens(prompt)
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)[len(prompt):]))
+"""
+
+
+def write_card(path: Path, params: Params, metrics: dict[str, dict], lineage: dict) -> None:
+    """Write README.md: YAML front matter as the Hugging Face hub reads it, then Markdown."""
+    adapters = sorted(metrics)
+    front = {
+        "library_name": "onnxruntime-genai",
+        "pipeline_tag": "text-generation",
+        "tags": ["onnx", "onnxruntime-genai", "olive", "lora", *quantization(lineage)],
+    }
+    if params.base.source == "hf":
+        front |= {"base_model": params.base.id, "base_model_relation": "quantized"}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=True)}---",
+        f"# {origin(params)} with {', '.join(adapters)}",
+        "A quantized ONNX model for onnxruntime-genai with LoRA adapters, each of which can be "
+        "switched on for a call. `lineage.json` says what each part was made from, and "
+        "`sha256sum -c SHA256SUMS` whether all is there.",
+        "## Use",
+        f"`pip install onnxruntime-genai=={version('onnxruntime-genai')}`, then in this folder:",
+        f"```python\n{snippet(adapters[0], metrics[adapters[0]])}```",
+        *(section(name, metrics[name], lineage, params) for name in adapters),
+        "## Parameters",
+        f"```yaml\n{yaml.safe_dump(parameters(lineage), sort_keys=True)}```",
+        "## Licence",
+        "The base model's licence holds for this package too, and so do the terms of the data that "
+        "the adapters were taught with.",
+    ]
+    path.write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+def origin(params: Params) -> str:
+    """The base model in a few words."""
+    base = params.base
+    return {
+        "builtin": "The built-in base model",
+        "local": Path(base.path).name,
+        "hf": f"{base.id} at {(base.revision or '')[:12]}",
+    }[base.source]
+
+
+def snippet(adapter: str, metrics: dict) -> str:
+    """Python that answers the first example of the evaluation."""
+    prompt = metrics["prompt_template"].replace("{prompt}", metrics["answers"][0]["prompt"])
+    return SNIPPET.format(adapter=adapter, prompt=prompt, tokens=64)
+
+
+def section(name: str, metrics: dict, lineage: dict, params: Params) -> str:
+    """One adapter: its data, figures before and after, speed, examples."""
+    data = params.adapters[name].data
+    digest = lineage.get(f"prepare@{name}", {}).get("deps", {}).get(data, "not recorded")
+    speed, size = metrics["speed"], metrics["size_mb"]
+    lines = [
+        f"## Adapter {name}",
+        "",
+        f"Taught with `{data}` ({digest}), measured on {metrics['rows']} rows kept from it.",
+        "",
+        "| model | perplexity | exact answers |",
+        "|---|---:|---:|",
+        *(
+            f"| {text} | {metrics[key]['perplexity']:.3f} | "
+            f"{metrics[key]['exact_answer_rate']:.1%} |"
+            for key, text in NAMES.items()
+        ),
+        "",
+        f"PyTorch and ONNX choose the same token {metrics['agreement']['top1']:.1%} of the time. "
+        f"On disk: base {size['base']:,.1f} MB, ONNX {size['onnx']:,.1f} MB, adapter "
+        f"{size['adapter']:,.2f} MB. On the machine that made it: "
+        f"{speed['adapter_on']['tokens_per_second']:,.0f} tokens/s with the adapter, "
+        f"{speed['adapter_off']['tokens_per_second']:,.0f} without, first token after "
+        f"{speed['adapter_on']['time_to_first_token_ms']:,.1f} ms, "
+        f"{speed['peak_rss_mb']:,.0f} MB of memory.",
+        "",
+        "| prompt | adapter off | adapter on |",
+        "|---|---|---|",
+        *(
+            f"| {cell(a['prompt'])} | {cell(a['onnx_off'])} | {cell(a['onnx_on'])} |"
+            for a in metrics["answers"]
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    """Text that stays inside its cell of a Markdown table."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def parameters(lineage: dict) -> dict[str, dict]:
+    """Values of quantize, finetune and export as dvc.lock has them, so those that were used."""
+    return {
+        stage: entry["params"]
+        for stage, entry in lineage.items()
+        if entry.get("params") and stage.partition("@")[0] in ("quantize", "finetune", "export")
+    }
+
+
+def quantization(lineage: dict) -> list[str]:
+    """Tags for algorithm and bits."""
+    used = lineage.get("quantize", {}).get("params", {})
+    algorithm = used.get("quantize.algorithm", "none")
+    return [] if algorithm == "none" else [algorithm, f"int{used['quantize.bits']}"]

@@ -1,0 +1,180 @@
+"""Export the quantized model to ONNX for onnxruntime-genai, with inputs for an adapter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from stages import stage
+from stages.errors import UserError
+from stages.params import Export, Params
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "dml": "DmlExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+    "NvTensorRtRtx": "NvTensorRTRTXExecutionProvider",
+}
+LM_HEAD: dict[str, dict[str, Any]] = {
+    "float": {"int4_nodes_to_exclude": ["/lm_head/MatMul"]},
+    "int8": {"int4_algo_config": "rtn_last"},
+    "int4": {"int4_algo_config": "rtn"},
+}
+
+
+def main(params: Params) -> None:
+    """Write models/onnx."""
+    with stage.new_output(stage.ONNX) as out:
+        export(stage.QUANTIZED, out, params.export, params.finetune.target_modules)
+
+
+def export(model: Path, out: Path, params: Export, target_modules: list[str]) -> None:
+    """Write a folder that onnxruntime-genai loads, and `adapter_inputs.json`.
+
+    The weights of a quantized model are copied bit for bit.
+
+    Args:
+        model: Hugging Face folder, quantized by Olive or float.
+        out: folder to write.
+        params: the `export` section.
+        target_modules: last parts of the names of the linear layers that an adapter may change.
+
+    Raises:
+        UserError: the builder does not know the architecture, the provider cannot run these
+            weights, or a target module does not exist.
+    """
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    quantization = config.get("quantization_config")
+    modules = linear_shapes(model, quantization)
+    if quantization is None:
+        check_float(params)
+    else:
+        check_quantized(params, quantization)
+
+    from olive.hardware.accelerator import AcceleratorSpec
+    from olive.model import HfModelHandler
+    from olive.passes.olive_pass import create_pass_from_dict
+
+    from passes.adapter_inputs import AdapterInputs
+
+    device = AcceleratorSpec(params.device, PROVIDERS[params.provider])
+    stage.progress(0, 3, "building the graph")
+    onnx_model = build(HfModelHandler(str(model)), out, params, quantization, device)
+    stage.progress(1, 3, "adding adapter inputs")
+    pass_config = {"target_modules": target_modules, "modules": modules}
+    adapter_inputs = create_pass_from_dict(AdapterInputs, pass_config, True, device)
+    try:
+        adapter_inputs.run(onnx_model, str(out))
+    except ValueError as error:
+        raise UserError(f"params.yaml: finetune.target_modules: {error}") from error
+    tidy(out)
+    stage.progress(2, 3, "trying the model")
+    check(out, params)
+    stage.progress(3, 3, "exported")
+
+
+def check_float(params: Export) -> None:
+    """Refuse a quantized head on a float model, which the builder would leave float."""
+    if params.lm_head != "float":
+        raise UserError(
+            f"params.yaml: export.lm_head {params.lm_head} needs a quantized model: set it to "
+            "float, or quantize.algorithm to something else than none"
+        )
+
+
+def check_quantized(params: Export, quantization: dict) -> None:
+    """Refuse what the builder or the kernels cannot do with these weights.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    if params.provider == "NvTensorRtRtx":
+        if quantization["bits"] != 4:
+            raise UserError(
+                "params.yaml: export.provider NvTensorRtRtx takes quantize.bits 4, not "
+                f"{quantization['bits']}"
+            )
+        if params.lm_head != "float":
+            raise UserError(
+                "params.yaml: export.provider NvTensorRtRtx takes export.lm_head float, not "
+                f"{params.lm_head}: the builder leaves it float there"
+            )
+
+
+def build(model: Any, out: Path, params: Export, quantization: dict | None, device: Any) -> Any:
+    """Run Olive's ModelBuilder with a cache folder of its own."""
+    from olive.passes.olive_pass import create_pass_from_dict
+    from olive.passes.onnx import model_builder
+
+    # It says of every node that it does not quantize it.
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
+    extra: dict[str, Any] = {"hf_remote": False, "hf_token": "false"}
+    if params.provider == "NvTensorRtRtx":
+        extra["disable_qkv_fusion"] = True  # Olive fuses to MatMulNBits in a graph without others
+    config: dict[str, Any] = {"extra_options": extra}
+    if quantization is not None:
+        config |= {"precision": "int4", "int4_accuracy_level": params.accuracy_level}
+        config |= LM_HEAD[params.lm_head]
+    else:
+        config["precision"] = "fp32" if params.provider == "cpu" else "fp16"
+    builder = create_pass_from_dict(model_builder.ModelBuilder, config, True, device)
+    with tempfile.TemporaryDirectory() as cache:
+        # It would use, and on failure clean, the user's own Hugging Face cache.
+        model_builder.HF_HUB_CACHE = cache
+        try:
+            return builder.run(model, str(out))
+        except NotImplementedError as error:
+            raise UserError(
+                f"export: onnxruntime-genai cannot build this model: {error}"
+            ) from error
+
+
+def linear_shapes(model: Path, quantization: dict | None) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the linears of the layers, from the checkpoint's headers."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, "numpy") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                name, _, kind = key.rpartition(".")
+                shape = file.get_slice(key).get_shape()
+                if ".layers." not in name or len(shape) != 2:
+                    continue
+                if kind == "weight":
+                    shapes[name] = (shape[0], shape[1])
+                elif kind == "qweight" and quantization is not None:
+                    override = (quantization["overrides"] or {}).get(name, {})
+                    bits = override.get("bits", quantization["bits"])
+                    shapes[name] = (shape[0], shape[1] * 8 // bits)
+    return shapes
+
+
+def tidy(out: Path) -> None:
+    """Set what the builder leaves open in genai_config.json."""
+    path = out / "genai_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config["search"]["past_present_share_buffer"] = False
+    stage.write_json(path, config)
+
+
+def check(out: Path, params: Export) -> None:
+    """Run one token, where the provider is this machine's CPU."""
+    if params.provider != "cpu":
+        return
+    import numpy as np
+    import onnxruntime_genai as og
+
+    model = og.Model(str(out))
+    generator = og.Generator(model, og.GeneratorParams(model))
+    generator.append_tokens([0])
+    if not np.isfinite(generator.get_logits()).all():
+        raise UserError(f"{out}: the exported model gives no finite logits")
+
+
+if __name__ == "__main__":
+    stage.run(main, "export")

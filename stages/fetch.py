@@ -1,0 +1,258 @@
+"""Bring the base model to models/base: made here, from the Hugging Face hub, or from a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+from stages.errors import UserError
+from stages.params import Params
+from stages.stage import BASE, new_output, progress, run
+
+# What the later stages read; anything else in a repository or folder is left there.
+WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE*",
+]
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"]
+INDEX = "model.safetensors.index.json"
+# Where Olive's ModelWrapper looks for the blocks of a decoder (olive/common/hf/wrapper.py, LAYERS).
+FIRST_BLOCK = re.compile(r"(model|transformer|gpt_neox|model\.decoder)\.(layers|h)\.0\.")
+
+
+def main(params: Params) -> None:
+    """Write models/base and check that every later stage can work with it.
+
+    Raises:
+        UserError: as `check_base`; the folder or repository cannot be had; the disk is too small.
+    """
+    base = params.base
+    with new_output(BASE) as out:
+        if base.source == "builtin":
+            from stages.builtin import build
+
+            try:
+                build(out, Path(base.path), base.seed, progress)
+            except (FileNotFoundError, ValueError) as error:
+                raise UserError(f"base.path: {error}") from None
+            parameters = check_base(out)
+        elif base.source == "local":
+            parameters = copy(Path(base.path), out)
+        else:
+            parameters = copy(download(base.id, str(base.revision)), out)
+    print(f"{BASE}: {parameters / 1e6:,.1f} million parameters")
+
+
+def copy(source: Path, out: Path) -> int:
+    """Check a folder, copy its wanted files, and return the model's number of parameters.
+
+    Links are followed, as onnx refuses linked files later.
+
+    Raises:
+        UserError: not a folder, as `check_base`, or too little space for the copy.
+    """
+    if not source.is_dir():
+        raise UserError(
+            f"base.path: {source}: {'not a folder' if source.exists() else 'not found'}"
+        )
+    parameters = check_base(source)
+    names = sorted(path.name for path in source.iterdir() if path.is_file())
+    names = [name for name in names if any(fnmatch(name, pattern) for pattern in WANTED)]
+    check_space(out.parent, sum((source / name).stat().st_size for name in names))
+    out.mkdir()
+    for done, name in enumerate(names, start=1):
+        shutil.copyfile(source / name, out / name)
+        progress(done, len(names), name)
+    return parameters
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise a UserError unless `needed` bytes are free where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder.resolve()}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+        )
+
+
+def download(repo: str, revision: str) -> Path:
+    """Download one commit into the hub's cache, going on where an earlier try stopped.
+
+    Returns its folder. HF_ENDPOINT, HF_HOME and the login of `hf auth login` are respected.
+
+    Raises:
+        UserError: see `explain`; no usable weights in the repository; too little space.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "0"  # base.source hf is the user's request to go online
+    import httpx
+    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def snapshot(local_files_only: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=WANTED,
+                ignore_patterns=["*/*"],
+                local_files_only=local_files_only,
+            )
+        )
+
+    try:
+        listed = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+        files = {f.rfilename: f.size or 0 for f in listed if "/" not in f.rfilename}
+        check_weights(f"{repo} at {revision}", sorted(files))
+        missing = sum(
+            size
+            for name, size in files.items()
+            if any(fnmatch(name, pattern) for pattern in WANTED)
+            and not isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
+        )
+        check_space(Path(constants.HF_HUB_CACHE), missing)
+        return snapshot(local_files_only=False)
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        try:
+            return snapshot(local_files_only=True)
+        except OSError:
+            raise UserError(explain(error, repo, revision)) from None
+
+
+def explain(error: Exception, repo: str, revision: str) -> str:
+    """Say in one line why the hub did not give a repository, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"base.id: {repo} is gated: accept its licence on its page on the hub, then run "
+            "`hf auth login` (or set HF_TOKEN)"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"base.revision: {repo} has no commit {revision}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"base.id: {repo} is not on the hub, or is private: run `hf auth login` for that"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"base.id: the hub refused {repo}: {str(error).splitlines()[0]}"
+    if isinstance(error, OSError) and error.errno:
+        return f"base.id: {repo}: {error.strerror}: {error.filename}"
+    return (
+        f"base.id: {repo} is not in the cache and the hub cannot be reached "
+        f"({type(error).__name__}); go online, or set base.source to local or builtin"
+    )
+
+
+def check_weights(where: str, names: list[str]) -> None:
+    """Raise a UserError unless `names` has safetensors: pickles run code when they are read."""
+    if any(fnmatch(name, "*.safetensors") for name in names):
+        return
+    pickles = [name for name in names if any(fnmatch(name, pattern) for pattern in PICKLES)]
+    if pickles:
+        raise UserError(
+            f"{where}: the weights are pickles, which can run code when read: "
+            f"{', '.join(pickles[:5])}; only safetensors are taken"
+        )
+    raise UserError(f"{where}: no weights; expected model.safetensors or its shards")
+
+
+def check_base(folder: Path) -> int:
+    """Check a Hugging Face folder and return its number of parameters.
+
+    Raises:
+        UserError: no readable config.json, not a decoder-only model for text, quantized already,
+            no weights in whole safetensors files, or no tokenizer.json.
+    """
+    check_config(folder)
+    check_weights(str(folder), sorted(path.name for path in folder.iterdir()))
+    parameters = check_tensors(folder)
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder}: no tokenizer.json, the form of tokenizer that is needed here")
+    settings = folder / "tokenizer_config.json"
+    inside = settings.exists() and "chat_template" in read_object(settings)
+    if not inside and not (folder / "chat_template.jinja").exists():
+        print(f"{folder}: no chat template; prepare.template must be a text, not `chat`")
+    return parameters
+
+
+def read_object(path: Path) -> dict:
+    """Read a JSON object, or raise a UserError that names the file."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; expected a Hugging Face model folder") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+def check_config(folder: Path) -> None:
+    """Raise a UserError that names what a config is, unless it is a float decoder for text."""
+    config = read_object(folder / "config.json")
+    names = config.get("architectures") or ["no architecture"]
+    if config.get("is_encoder_decoder"):
+        kind = "an encoder-decoder"
+    elif "vision_config" in config or "audio_config" in config:
+        kind = "for images or sound"
+    elif not str(names[0]).endswith("ForCausalLM"):
+        kind = "not a decoder-only language model"
+    elif "auto_map" in config and not known_to_transformers(str(config.get("model_type"))):
+        kind = "read with Python code of its own, which is never run here"
+    elif "quantization_config" in config:
+        kind = f"quantized already ({config['quantization_config'].get('quant_method')})"
+    else:
+        return
+    raise UserError(f"{folder}: {names[0]} is {kind}; needed is a decoder-only ...ForCausalLM")
+
+
+def known_to_transformers(model_type: str) -> bool:
+    """Whether the installed transformers has the model's code, without the time of its import."""
+    spec = importlib.util.find_spec("transformers")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    name = model_type.replace("-", "_")
+    return any((Path(folder) / "models" / name).is_dir() for folder in folders)
+
+
+def check_tensors(folder: Path) -> int:
+    """Check every safetensors file's header and size, and return the number of parameters."""
+    from safetensors import SafetensorError, safe_open
+
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    if (folder / INDEX).exists():
+        wanted = set(read_object(folder / INDEX).get("weight_map", {}).values())
+        if wanted - shards:
+            raise UserError(f"{folder}: missing shards: {', '.join(sorted(wanted - shards))}")
+    names: list[str] = []
+    parameters = 0
+    for shard in sorted(shards):
+        try:
+            with safe_open(folder / shard, "numpy") as file:
+                names += file.keys()
+                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+                parameters += sum(math.prod(shape) for shape in shapes)
+        except SafetensorError as error:
+            raise UserError(f"{folder / shard}: damaged or cut off: {error}") from None
+    if not any(FIRST_BLOCK.match(name) for name in names):
+        raise UserError(f"{folder}: no decoder blocks under a name that Olive knows")
+    return parameters
+
+
+if __name__ == "__main__":
+    run(main, "fetch")

@@ -1,0 +1,208 @@
+"""Text from an exported model, with or without one of its adapters.
+
+Needs onnxruntime-genai and numpy only, so that a package runs where nothing else is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+
+from stages.errors import UserError
+
+SUFFIX = ".onnx_adapter"
+MANIFEST = "olivepress.json"
+
+
+class Session:
+    """An ONNX model for onnxruntime-genai with its tokenizer and LoRA adapters.
+
+    Args:
+        folder: a package, or any folder with genai_config.json.
+        adapters: files by name; left out, those in `folder`/adapters.
+
+    Raises:
+        UserError: there is no model in the folder, or it or an adapter cannot be read.
+    """
+
+    def __init__(self, folder: Path, adapters: Mapping[str, Path] | None = None) -> None:
+        if not (folder / "genai_config.json").is_file():
+            raise UserError(f"{folder}: no genai_config.json; expected a model for genai")
+        if adapters is None:
+            adapters = {p.name.removesuffix(SUFFIX): p for p in folder.glob(f"adapters/*{SUFFIX}")}
+        self.folder = folder
+        self.adapters = sorted(adapters)
+        config = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
+        self.context_length: int = config["context_length"]
+        reading = folder
+        try:
+            self._model = og.Model(str(folder))
+            self._tokenizer = og.Tokenizer(self._model)
+            self._adapters = og.Adapters(self._model)
+            for name in self.adapters:
+                reading = adapters[name]
+                self._adapters.load(str(reading), name)
+        except RuntimeError as error:
+            raise UserError(f"{reading}: cannot be loaded: {str(error).strip()}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens such as <|user|> are read in `text` and none is added."""
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def render(self, prompt: str) -> str:
+        """Put a question into the text that the model was taught to answer.
+
+        Raises:
+            UserError: the folder is not a package, so nothing says what that text is.
+        """
+        manifest = self.folder / MANIFEST
+        if not manifest.exists():
+            raise UserError(f"{self.folder}: no {MANIFEST}; expected a package")
+        template = json.loads(manifest.read_text("utf-8"))["prompt_template"]
+        return template.replace("{prompt}", prompt)
+
+    def stream(
+        self,
+        prompt: str,
+        adapter: str | None = None,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Yield the answer to a question piece by piece; see `stream_text`."""
+        return self.stream_text(
+            self.render(prompt),
+            adapter,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+
+    def stream_text(
+        self,
+        text: str,
+        adapter: str | None = None,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Yield what follows `text` piece by piece, up to and without a stop token.
+
+        Args:
+            adapter: one of `self.adapters`, or None for the base model.
+            temperature: 0 takes the likeliest token; above, tokens are drawn.
+            top_p: draw from the smallest set of tokens with this share of the probability.
+
+        Raises:
+            UserError: no such adapter, or no room for an answer in the context.
+        """
+        options: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_p": top_p, "top_k": 0, "random_seed": seed}
+        generator = self._generator(self.encode(text), adapter, max_new_tokens, options)
+        stops = {int(token) for token in self._tokenizer.eos_token_ids}
+        pieces = self._tokenizer.create_stream()
+        while not generator.is_done():
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in stops:
+                return
+            if piece := pieces.decode(token):
+                yield piece
+
+    def logits(self, ids: list[int], adapter: str | None = None) -> np.ndarray:
+        """Scores of the next token after each token: float32 (len(ids), vocabulary)."""
+        generator = self._generator(ids, adapter, 0, {})
+        return np.asarray(generator.get_output("logits")[0], np.float32)
+
+    def _generator(
+        self, ids: list[int], adapter: str | None, max_new_tokens: int, options: dict[str, Any]
+    ) -> og.Generator:
+        if adapter is not None and adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UserError(f"{self.folder}: no adapter {adapter}; it has {known}")
+        if len(ids) + min(max_new_tokens, 1) > self.context_length:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens and the model takes {self.context_length}, "
+                "with the answer; shorten it"
+            )
+        length = min(len(ids) + max_new_tokens, self.context_length)
+        parameters = og.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=length, **options)
+        generator = og.Generator(self._model, parameters)
+        if adapter is not None:
+            generator.set_active_adapter(self._adapters, adapter)
+        generator.append_tokens(np.asarray(ids, np.int32))
+        return generator
+
+    def speed(self, text: str, adapter: str | None, tokens: int) -> dict[str, float]:
+        """Time `tokens` tokens after `text`, stop tokens not heeded; the median of three tries.
+
+        Returns:
+            time_to_first_token_ms, with the reading of the prompt; tokens_per_second after that.
+        """
+        ids = self.encode(text)
+        tokens = min(tokens, self.context_length - len(ids))
+        tries = []
+        for _ in range(4):  # the first warms up and is not counted
+            started = time.perf_counter()
+            length = {"min_length": len(ids) + tokens}
+            generator = self._generator(ids, adapter, tokens, length)
+            generator.generate_next_token()
+            first = time.perf_counter()
+            for _ in range(tokens - 1):
+                generator.generate_next_token()
+            rate = (tokens - 1) / (time.perf_counter() - first)
+            tries.append((1000 * (first - started), rate))
+        milliseconds, rates = zip(*tries[1:], strict=True)
+        return {
+            "time_to_first_token_ms": round(statistics.median(milliseconds), 2),
+            "tokens_per_second": round(statistics.median(rates), 1),
+        }
+
+
+def peak_rss_mb() -> float:
+    """Most memory this process has held, in MB of 10^6 bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held before it started this one
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def main() -> None:
+    """Print one JSON object of speed and memory, measured in a process that does nothing else."""
+    parser = argparse.ArgumentParser(prog="python -m stages.generation")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("text")
+    parser.add_argument("tokens", type=int)
+    args = parser.parse_args()
+    started = time.perf_counter()
+    session = Session(args.folder, {"adapter": args.adapter})
+    figures: dict[str, Any] = {"load_seconds": round(time.perf_counter() - started, 3)}
+    figures["adapter_off"] = session.speed(args.text, None, args.tokens)
+    figures["adapter_on"] = session.speed(args.text, "adapter", args.tokens)
+    figures["peak_rss_mb"] = round(peak_rss_mb(), 1)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

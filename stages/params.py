@@ -1,0 +1,248 @@
+"""What params.yaml may hold: types, ranges and defaults, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from stages.errors import UserError
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+GROUP_SIZES = (16, 32, 64, 128, 256)  # those of MatMulNBits that every exporter takes
+
+
+class Section(BaseModel):
+    """A block of params.yaml. Unknown keys are errors; numbers and strings are never converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Base(Section):
+    source: Literal["builtin", "hf", "local"]
+    """Where the base model comes from."""
+    id: str
+    """Hub repository, for `hf`."""
+    revision: str | None
+    """Commit of the repository, 40 hex digits, for `hf`."""
+    path: str
+    """`builtin`: the rows it is trained on. `local`: the model's folder."""
+    seed: int = Field(ge=0)
+    """`builtin`: initial weights and order of rows."""
+
+    @model_validator(mode="after")
+    def pinned(self) -> Base:
+        if self.source == "hf" and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError("base.revision must be a commit of 40 hex digits, not a branch or tag")
+        return self
+
+
+class Adapter(Section):
+    data: str
+    """JSON Lines file, one example a line."""
+    prompt_column: str = "prompt"
+    """Key of the question in each row."""
+    response_column: str = "response"
+    """Key of the answer in each row."""
+
+
+class Prepare(Section):
+    eval_percent: int = Field(ge=1, le=90)
+    """Share of rows kept for evaluation, in percent."""
+    calibration_rows: int = Field(ge=1)
+    """Rows written as calibration text."""
+    template: str
+    """`chat` for the tokenizer's template, or a text with {prompt} and {response}."""
+
+    @field_validator("template")
+    @classmethod
+    def has_both(cls, value: str) -> str:
+        if value != "chat":
+            if value.count("{prompt}") != 1 or value.count("{response}") != 1:
+                raise ValueError("must be `chat` or hold {prompt} and {response} once each")
+            if value.index("{prompt}") > value.index("{response}"):
+                raise ValueError("must hold {prompt} before {response}")
+        return value
+
+
+class Quantize(Section):
+    algorithm: Literal["awq", "gptq", "rtn", "kquant", "none"]
+    """How weights are rounded."""
+    bits: Literal[4, 8]
+    """Bits of a weight."""
+    group_size: int
+    """Weights of a row that share a scale."""
+    symmetric: bool
+    """No zero points."""
+    calibration_data: str
+    """JSON Lines with `text`, or with `prompt` and `response`."""
+    calibration_samples: int = Field(ge=1)
+    """Sequences."""
+    calibration_seq_len: int = Field(ge=8)
+    """Tokens in each sequence."""
+
+    @field_validator("group_size")
+    @classmethod
+    def known_group_size(cls, value: int) -> int:
+        if value not in GROUP_SIZES:
+            raise ValueError(f"must be one of {', '.join(map(str, GROUP_SIZES))}")
+        return value
+
+
+class Finetune(Section):
+    r: int = Field(ge=1, le=512)
+    """Rank."""
+    alpha: float = Field(gt=0)
+    """The update is scaled by alpha / r."""
+    dropout: float = Field(ge=0, lt=1)
+    """On the input of the adapter, in training."""
+    target_modules: list[str] = Field(min_length=1)
+    """Last part of the names of the linear layers that get an adapter."""
+    max_steps: int = Field(ge=1)
+    """Optimizer steps."""
+    learning_rate: float = Field(gt=0, le=1)
+    """Peak."""
+    lr_scheduler: Literal["cosine", "linear", "constant"]
+    """Shape after warm-up."""
+    warmup_steps: int = Field(ge=0)
+    """Steps from zero to the peak."""
+    batch_size: int = Field(ge=1)
+    """Rows a step."""
+    max_seq_len: int = Field(ge=8)
+    """Tokens in a row."""
+    gradient_checkpointing: bool
+    """Recompute activations: less memory, more time."""
+    seed: int = Field(ge=0)
+    """Initial adapter and order of rows."""
+
+
+class Export(Section):
+    device: Literal["cpu", "gpu"]
+    """What it will run on."""
+    provider: Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
+    """onnxruntime execution provider."""
+    lm_head: Literal["float", "int8", "int4"]
+    """Precision of the output head, which the quantizers leave in float."""
+    accuracy_level: Literal[1, 4]
+    """MatMulNBits arithmetic: 1 float32, 4 int8."""
+
+    @model_validator(mode="after")
+    def fits(self) -> Export:
+        if (self.device == "cpu") != (self.provider == "cpu"):
+            raise ValueError(
+                f"export.provider {self.provider} cannot run on export.device {self.device}: "
+                "cpu goes with cpu; cuda, dml, webgpu and NvTensorRtRtx go with gpu"
+            )
+        return self
+
+
+class Evaluate(Section):
+    max_rows: int = Field(ge=1)
+    """Rows of the eval split that are scored."""
+    max_new_tokens: int = Field(ge=1)
+    """Longest generated answer, in tokens."""
+    speed_tokens: int = Field(ge=2)
+    """Tokens generated to measure speed."""
+
+
+class Gates(Section):
+    max_quantized_perplexity_ratio: float | None = Field(None, gt=0)
+    """Quantized over base."""
+    max_adapter_perplexity_ratio: float | None = Field(None, gt=0)
+    """ONNX with the adapter over ONNX without."""
+    min_top1_agreement: float | None = Field(None, ge=0, le=1)
+    """PyTorch (quantized + LoRA) against ONNX with the adapter."""
+    min_exact_answer_rate: float | None = Field(None, ge=0, le=1)
+    """ONNX with the adapter, on the eval split."""
+
+
+class Run(Section):
+    concurrency: int = Field(ge=1, le=64)
+    """Stages at once."""
+    retries: int = Field(ge=0, le=10)
+    """Tries after a failed stage."""
+    time_limit_minutes: float = Field(gt=0)
+    """For each stage; then it is killed."""
+    time_limits: dict[str, float] = Field(default_factory=dict)
+    """Minutes, per stage."""
+
+
+class Params(Section):
+    base: Base
+    adapters: dict[str, Adapter] = Field(min_length=1)
+    prepare: Prepare
+    quantize: Quantize
+    finetune: Finetune
+    export: Export
+    evaluate: Evaluate
+    gates: Gates
+    run: Run
+
+    @field_validator("adapters")
+    @classmethod
+    def safe_names(cls, value: dict[str, Adapter]) -> dict[str, Adapter]:
+        for name in value:
+            # A dot would split the parameter's key, so fewer characters than in a file name.
+            if not ADAPTER_NAME.fullmatch(name) or name in {"base", "none"}:
+                raise ValueError(
+                    f"{name!r} cannot name an adapter: 1 to 64 letters, digits, _ and -, "
+                    "and not 'base' or 'none'"
+                )
+        return value
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of params.yaml, `adapters.NAME.…` with NAME as it is written here."""
+    keys = []
+    for section, field in Params.model_fields.items():
+        model = Adapter if section == "adapters" else field.annotation
+        prefix = "adapters.NAME" if section == "adapters" else section
+        keys += [section, *(f"{prefix}.{key}" for key in model.model_fields)]  # type: ignore[union-attr]
+    return keys
+
+
+def _problem(error: Any) -> str:
+    """One line for one pydantic error: the key, what is wrong, and the nearest known key."""
+    loc = [str(part) for part in error["loc"]]
+    key = ".".join(loc) or "params"
+    if error["type"] == "extra_forbidden":
+        shown = ["adapters", "NAME", *loc[2:]] if loc[0] == "adapters" and len(loc) > 2 else loc
+        near = difflib.get_close_matches(".".join(shown), known_keys(), 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{key}: unknown parameter{hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if error["loc"] and not message.startswith(key) else message
+    return f"{key}: must be {message}, not {error['input']!r}"
+
+
+def check(values: Any, source: str = "params.yaml") -> Params:
+    """Typed parameters from what YAML gave.
+
+    Raises:
+        UserError: every unknown key, wrong type and value out of range, one a line.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a mapping of sections")
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{source}: {_problem(e)}" for e in error.errors())) from None
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml."""
+    try:
+        return check(yaml.safe_load(path.read_text("utf-8")), path.name)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run this in the folder of the project") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {error}") from None

@@ -1,0 +1,221 @@
+"""What every stage shares: its start, its outputs, its progress and its record of what it did."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from stages import params as parameters
+from stages.errors import UserError
+
+MODELS = Path("models")
+BASE = MODELS / "base"
+QUANTIZED = MODELS / "quantized"
+ADAPTERS = MODELS / "adapters"
+ONNX = MODELS / "onnx"
+PACKAGE = MODELS / "package"
+LINEAGE = MODELS / "lineage"
+TOOLCHAIN = MODELS / "toolchain.json"
+PREPARED = Path("data/prepared")
+METRICS = Path("metrics")
+PLOTS = Path("plots")
+
+# Libraries whose version can change the bytes of an output. Prefect, DVC and pytest cannot.
+LIBRARIES = [
+    "accelerate",
+    "datasets",
+    "numpy",
+    "olive-ai",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+]
+
+# Environment of every stage. No call that the user did not ask for: `fetch` goes online by itself
+# when base.source says so.
+ENVIRONMENT = {
+    "OLIVE_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of `LIBRARIES` and Python's minor version, without build tags (+cpu)."""
+    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"{name} is not installed; run make install") from None
+    return found
+
+
+def progress(done: int, total: int, note: str = "") -> None:
+    """One line that a person can read and that the flow turns into a progress bar."""
+    print(f"progress {done}/{total} {note}".rstrip(), flush=True)
+
+
+@contextmanager
+def new_output(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` to write to; it becomes `path` only when nothing was raised.
+
+    Yields a path that does not exist yet: make it a file or a folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.tmp-*"):  # of a run that was killed
+        _remove(left)
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    try:
+        yield temporary
+        if not temporary.exists():
+            raise RuntimeError(f"nothing was written to {path}")
+        _open_to_readers(temporary)
+        _remove(path)
+        temporary.rename(path)
+    finally:
+        _remove(temporary)
+
+
+def _open_to_readers(path: Path) -> None:
+    """Give files the mode that `open` gives; safetensors makes them readable by the owner only."""
+    os.umask(umask := os.umask(0))
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Sorted, indented, with a final newline: equal values are equal bytes."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8"))
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it ends, so that nothing goes on writing.
+
+    DVC starts a stage through $SHELL; some shells stay between the two, so a stage also ends when
+    its parent loses its own.
+    """
+    first = _parents()
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    def watch() -> None:
+        while _parents() == first:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _parents() -> tuple[int, int]:
+    """Process ids of parent and, where /proc says, grandparent."""
+    parent = os.getppid()
+    try:
+        fields = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return parent, 0
+    return parent, int(fields[1])
+
+
+def _git(*args: str) -> str | None:
+    done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _check_toolchain() -> None:
+    if not TOOLCHAIN.exists():
+        raise UserError(f"{TOOLCHAIN} is missing; run `olivepress run` or `dvc repro` first")
+    recorded, installed = read_json(TOOLCHAIN), versions()
+    for name, version in installed.items():
+        if recorded.get(name) != version:
+            raise UserError(
+                f"{TOOLCHAIN} says {name} {recorded.get(name)}, installed is {version}; "
+                "run `olivepress run` or `dvc repro --force toolchain`"
+            )
+
+
+def record(stage: str, started: float) -> dict:
+    """When, how long, by what and from which commit; inputs and parameters are in dvc.lock."""
+    return {
+        "stage": stage,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 2),
+        "run_id": os.environ.get("OLIVEPRESS_RUN_ID"),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "platform": platform.platform(),
+        "versions": versions(),
+    }
+
+
+def run(main: Callable[..., None], stage: str) -> None:
+    """Entry point of a stage module: `main(params)`, or `main(params, adapter)` for one adapter.
+
+    Exits 0, or 1 with one message on standard error for a user's mistake or a full disk.
+    """
+    die_with_parent()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}")
+    per_adapter = main.__code__.co_argcount == 2
+    if per_adapter:
+        parser.add_argument("--adapter", required=True, help="a name under adapters:")
+    args = parser.parse_args()
+    started = time.time()
+    try:
+        values = parameters.load()
+        if stage != "toolchain":
+            _check_toolchain()
+        if per_adapter:
+            if args.adapter not in values.adapters:
+                raise UserError(f"params.yaml: adapters.{args.adapter}: no such adapter")
+            main(values, args.adapter)
+            stage = f"{stage}@{args.adapter}"
+        else:
+            main(values)
+        if stage != "package":  # it keeps its record inside the package
+            with new_output(LINEAGE / f"{stage}.json") as out:
+                write_json(out, record(stage, started))
+    except UserError as error:
+        sys.exit(f"{stage}: {error}")
+    except OSError as error:
+        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+            sys.exit(f"{stage}: no space left on the disk: {error.filename or 'while writing'}")
+        raise

@@ -1,0 +1,295 @@
+"""The one module that talks to DVC: what a stage needs, making it so, and what made a file.
+
+DVC decides what is stale and does the work; this module asks it stage by stage, and has it run
+commands through `tasks.command`. DVC also reads the working directory: be in the project's folder.
+Only `dvc.api` and the command line are public in DVC, so every private name that is used is
+imported here, and tests/test_bridge.py pins them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import dvc.stage.run
+import networkx as nx
+from dvc.dependency.param import ParamsDependency
+from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.repo import Repo
+from dvc.stage import PipelineStage
+from dvc.stage.cache import _get_stage_hash
+from dvc.stage.exceptions import StageCmdFailedError
+from dvc.stage.serialize import to_single_stage_lockfile
+
+from stages.errors import UserError
+from stages.stage import TOOLCHAIN, read_json, versions
+from tasks.command import Job
+
+for _name in ("dvc", "dvc_data"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+Action = Literal["unchanged", "restore", "run"]
+
+
+class StageFailed(Exception):
+    """A stage ended with an error; the text is its own last words."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What DVC would do with a stage, and why, in words."""
+
+    action: Action
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done with a stage. `key` is DVC's stage key: 64 hex digits, None if it has none."""
+
+    stage: str
+    action: Action
+    reasons: list[str]
+    seconds: float
+    key: str | None
+    outs: list[str]
+
+
+_here = threading.local()  # .job: what this thread does for a stage
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The project's folder: the nearest one upwards that holds .dvc."""
+    try:
+        return Path(Repo.find_root(str(start or Path.cwd())))
+    except NotDvcRepoError:
+        raise UserError(
+            f"{start or Path.cwd()} is not in a project: no folder upwards holds .dvc and dvc.yaml"
+        ) from None
+
+
+@contextlib.contextmanager
+def _opened(root: Path) -> Iterator[Repo]:
+    """A repo of its own for each thread and call: one shared `Repo` breaks across threads."""
+    repo = Repo(str(root), _wait_for_lock=True)
+    try:
+        yield repo
+    except DvcException as error:
+        raise UserError(_words(error)) from error
+    finally:
+        repo.close()
+
+
+def _words(error: BaseException) -> str:
+    """The messages of an exception and what caused it, innermost last."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        if str(cause) and str(cause) not in parts:
+            parts.append(str(cause))
+        cause = cause.__cause__
+    return ": ".join(parts)
+
+
+def _pipeline(repo: Repo) -> list[PipelineStage]:
+    return [stage for stage in repo.index.stages if _is_ours(stage)]
+
+
+def _is_ours(stage: Any) -> bool:
+    """Whether a stage is of the project's dvc.yaml: not a `.dvc` file, not a nested pipeline."""
+    return isinstance(stage, PipelineStage) and stage.path_in_repo == "dvc.yaml"
+
+
+def graph(root: Path) -> dict[str, set[str]]:
+    """Every stage of dvc.yaml with the stages it directly depends on, upstream first.
+
+    Raises:
+        UserError: dvc.yaml is not valid, or names a parameter that params.yaml lacks.
+    """
+    with _opened(root) as repo:
+        return _graph(repo)
+
+
+def _graph(repo: Repo) -> dict[str, set[str]]:
+    """Direct dependencies only: one that follows from others (a → b → c, so a → c) is left out."""
+    whole = repo.index.graph  # edges point from a stage to what it depends on
+    ours = nx.transitive_reduction(whole.subgraph(filter(_is_ours, whole)))
+    order = nx.dfs_postorder_nodes(ours)
+    return {stage.name: {up.name for up in ours.successors(stage)} for stage in order}
+
+
+def status(root: Path) -> dict[str, Need]:
+    """What each stage needs, upstream first. A stage below a stale one waits for it."""
+    needs: dict[str, Need] = {}
+    with _opened(root) as repo:
+        for name, above in _graph(repo).items():
+            need = _need(_stage(repo, name))
+            stale = [up for up in above if needs[up].action != "unchanged"]
+            if need.action == "unchanged" and stale:
+                need = Need("run", [f"waits for {', '.join(sorted(stale))}"])
+            needs[name] = need
+    return needs
+
+
+def ask(root: Path, name: str) -> Need:
+    """What one stage needs now; its upstream stages must be done."""
+    with _opened(root) as repo:
+        return _need(_stage(repo, name))
+
+
+def _stage(repo: Repo, name: str) -> PipelineStage:
+    return next(stage for stage in _pipeline(repo) if stage.name == name)
+
+
+def _need(stage: PipelineStage) -> Need:
+    if _outdated(stage):
+        return Need("run", ["installed libraries changed"])
+    reasons = _reasons(stage)
+    if not reasons:
+        return Need("unchanged", [])
+    return Need("restore" if _restorable(stage) else "run", reasons)
+
+
+def _outdated(stage: PipelineStage) -> bool:
+    """Whether the toolchain stage recorded other versions than those installed."""
+    path = Path(stage.repo.root_dir) / TOOLCHAIN
+    return stage.name == "toolchain" and path.exists() and read_json(path) != versions()
+
+
+def _reasons(stage: PipelineStage) -> list[str]:
+    """Why a stage is not up to date, in words; empty when it is."""
+    if not any(out.hash_info for out in stage.outs):
+        return ["never run"]
+    reasons = ["command or outputs changed"] if stage.changed_stage() else []
+    for dep in stage.deps:
+        if isinstance(dep, ParamsDependency):
+            reasons += _param_reasons(dep)
+        else:
+            reasons += [f"{path} {word}" for path, word in dep.status().items()]
+    for out in stage.outs:
+        reasons += [f"{path} {_OUT_WORDS.get(w, w)}" for path, w in out.status().items()]
+    return reasons
+
+
+_OUT_WORDS = {"deleted": "missing", "modified": "was changed by hand", "not in cache": "not cached"}
+
+
+def _param_reasons(dep: ParamsDependency) -> list[str]:
+    before: dict[str, Any] = dep.hash_info.value or {}
+    now = dep.read_params()
+    return [
+        f"params {key} {_shown(before.get(key))} → {_shown(now.get(key))}"
+        for key in dep.params
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _restorable(stage: PipelineStage) -> bool:
+    """Whether DVC's cache holds this stage's outputs for what its inputs are now."""
+    store = stage.repo.stage_cache
+    try:
+        if not stage.changed_stage() and stage.deps_cached():
+            entry = to_single_stage_lockfile(stage)
+        else:
+            stage.save_deps()
+            entry = store._load(stage)
+        return bool(entry) and store._create_stage(entry, wdir=stage.wdir).outs_cached()
+    except DvcException:  # an input is missing
+        return False
+
+
+def reproduce(
+    root: Path,
+    name: str,
+    on_line: Callable[[str], None],
+    limit_seconds: float,
+    env: dict[str, str] | None = None,
+) -> Outcome:
+    """Bring one stage up to date: skip it, restore it from the cache, or run it.
+
+    Args:
+        root: the project's folder.
+        name: the stage, for instance `finetune@travel`.
+        on_line: called with each line the stage prints, from this thread.
+        limit_seconds: the stage's process group is killed after this long.
+        env: added to the environment of the stage.
+
+    Raises:
+        StageFailed: with the stage's last words; its previous outputs are put back.
+    """
+    started = time.monotonic()
+    job = _here.job = Job(on_line, limit_seconds, env or {})
+    try:
+        with job.at_work(), _opened(root) as repo:
+            stage = _stage(repo, name)
+            need, force = _need(stage), _outdated(stage)
+            if need.action != "unchanged":
+                repo.reproduce(targets=[name], single_item=True, force=force)
+            stage = _stage(repo, name)
+            return Outcome(
+                stage=name,
+                action="run" if job.process else "restore" if need.reasons else "unchanged",
+                reasons=need.reasons,
+                seconds=time.monotonic() - started,
+                key=_get_stage_hash(stage) if stage.deps and stage.outs else None,
+                outs=[str(out) for out in stage.outs],
+            )
+    except UserError as error:
+        _put_back(root, name)
+        raise StageFailed(job.last_words(name) or f"{name}: {error}") from None
+    finally:
+        _here.job = None
+
+
+def _put_back(root: Path, name: str) -> None:
+    """DVC removes a stage's outputs before it runs: bring back those that dvc.lock records."""
+    with contextlib.suppress(UserError, OSError), _opened(root) as repo:
+        repo.checkout(targets=[name], force=True, allow_missing=True)
+
+
+def _run_command(executable: str | None, cmd: str, **kwargs: Any) -> None:
+    """Take the place of DVC's own `_run`: the same command, streamed, limited and stoppable."""
+    job: Job | None = getattr(_here, "job", None)
+    if job is None:
+        return _dvc_run(executable, cmd, **kwargs)
+    plain = re.fullmatch(r"[\w@%+=:,./ -]+", cmd)  # needs no shell, which would hide how it ended
+    argv = shlex.split(cmd) if plain else dvc.stage.run._make_cmd(executable, cmd)
+    if code := job.run(argv, **kwargs):
+        raise StageCmdFailedError(cmd, code)
+
+
+_dvc_run = dvc.stage.run._run
+dvc.stage.run._run = _run_command
+
+
+@dataclass(frozen=True)
+class Made:
+    """What dvc.lock records of a stage that was run: cmd, deps, params and outs with hashes."""
+
+    stage: str
+    key: str | None
+    entry: dict[str, Any]
+
+
+def made(root: Path) -> list[Made]:
+    """Every stage that has been run, upstream first."""
+    with _opened(root) as repo:
+        order = list(_graph(repo))
+        done = [s for s in _pipeline(repo) if s.outs and all(out.hash_info for out in s.outs)]
+        return sorted(
+            (Made(s.name, _get_stage_hash(s), to_single_stage_lockfile(s)) for s in done),
+            key=lambda made: order.index(made.stage),
+        )

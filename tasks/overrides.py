@@ -1,0 +1,80 @@
+"""Change params.yaml by dotted keys, comments and order kept, and only when the result is valid."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages import params
+from stages.errors import UserError
+
+
+def parse(assignments: list[str]) -> dict[str, Any]:
+    """`["quantize.bits=8"]` to `{"quantize.bits": 8}`; values are read as YAML."""
+    values = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"-S {text}: write it as key=value, for instance quantize.bits=8")
+        try:
+            values[key.strip()] = _scalar(value)
+        except yaml.YAMLError:
+            raise UserError(f"-S {text}: the value is not valid YAML") from None
+    return values
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def apply(root: Path, overrides: Mapping[str, Any]) -> list[str]:
+    """Write the overrides into params.yaml.
+
+    Returns:
+        What changed, for instance `["quantize.bits 4 → 8"]`.
+
+    Raises:
+        UserError: an unknown key, a wrong type or a value out of range; nothing is written.
+    """
+    path = root / "params.yaml"
+    params.load(path)
+    if not overrides:
+        return []
+    from ruamel.yaml import YAML
+
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = 4096
+    values = editor.load(path.read_text("utf-8"))
+    changes = []
+    for key, value in overrides.items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            if not isinstance(section, dict):
+                break
+            section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise UserError(f"params.yaml: {key}: unknown parameter")
+        if section.get(last) != value or last not in section:
+            changes.append(f"{key} {section.get(last)} → {value}")
+            section[last] = value
+    text = io.StringIO()
+    editor.dump(values, text)
+    params.check(yaml.safe_load(text.getvalue()))
+    if changes:
+        temporary = path.with_name(f".params.yaml.tmp-{os.getpid()}")
+        temporary.write_text(text.getvalue(), "utf-8")
+        temporary.replace(path)
+    return changes

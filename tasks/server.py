@@ -1,0 +1,156 @@
+"""The Prefect server this project uses: one that is configured and answers, or its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from stages.errors import UserError
+
+START_SECONDS = 180  # a new database takes 20 to 40 s on two slow cores
+FIRST_PORT = 4200
+PORTS = 100
+CONFIG = """\
+# Written by `olivepress` for the server it started; every prefect command in this folder reads it.
+home = "{home}"
+
+[api]
+url = "http://127.0.0.1:{port}/api"
+
+[server.api]
+port = {port}
+
+[server]
+analytics_enabled = false
+"""
+
+
+def ensure(root: Path) -> str:
+    """The address of a server that answers; starts one in the background when none is configured.
+
+    Returns:
+        The API's address, for instance `http://127.0.0.1:4200/api`. It is also set as
+        PREFECT_API_URL, and written to prefect.toml when the server is this project's own.
+
+    Raises:
+        UserError: the configured server does not answer, or a new one did not start.
+    """
+    chosen = os.environ.get("PREFECT_API_URL") or _profile_url()
+    if chosen:
+        if not answers(chosen):
+            raise UserError(
+                f"PREFECT_API_URL is {chosen}, and nothing answers there; start that server, "
+                "or unset it to have one started here"
+            )
+        return chosen
+    own = _own_url(root)
+    if not own or not answers(own):
+        own = _start(root)
+    os.environ["PREFECT_API_URL"] = own
+    os.environ["PREFECT_HOME"] = str(_home(root))
+    return own
+
+
+def ui_url(api_url: str) -> str:
+    return api_url.removesuffix("/api")
+
+
+def answers(api_url: str, timeout: float = 2.0) -> bool:
+    """Whether a Prefect server answers there, `timeout` in seconds."""
+    try:
+        with urllib.request.urlopen(f"{api_url}/health", timeout=timeout) as reply:
+            return reply.read().strip() == b"true"
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def stop(root: Path) -> bool:
+    """Stop the server that was started here; False when there was none."""
+    if not (_home(root) / "server.pid").exists():
+        return False
+    _prefect(root, "server", "stop")
+    url = _own_url(root)
+    deadline = time.monotonic() + 20
+    while url and answers(url) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    (root / "prefect.toml").unlink(missing_ok=True)
+    return True
+
+
+def _home(root: Path) -> Path:
+    return root / ".prefect"
+
+
+def _own_url(root: Path) -> str | None:
+    try:
+        return tomllib.loads((root / "prefect.toml").read_text("utf-8"))["api"]["url"]
+    except (FileNotFoundError, KeyError, tomllib.TOMLDecodeError):
+        return None
+
+
+def _profile_url() -> str | None:
+    """PREFECT_API_URL of the user's active Prefect profile, as `prefect config set` stores it."""
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    try:
+        profiles = tomllib.loads((home / "profiles.toml").read_text("utf-8"))
+        active = os.environ.get("PREFECT_PROFILE") or profiles["active"]
+        return profiles["profiles"][active]["PREFECT_API_URL"]
+    except (FileNotFoundError, KeyError, tomllib.TOMLDecodeError):
+        return None
+
+
+def free_port(first: int = FIRST_PORT) -> int:
+    """The first port from `first` on that nothing listens on.
+
+    Raises:
+        UserError: `PORTS` ports in a row are in use.
+    """
+    for port in range(first, first + PORTS):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise UserError(f"no free port from {first} to {first + PORTS - 1} for the Prefect server")
+
+
+def _prefect(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PREFECT_HOME": str(_home(root)), "DO_NOT_TRACK": "1"}
+    env.pop("PREFECT_API_URL", None)
+    return subprocess.run(
+        [sys.executable, "-m", "prefect", *args],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,  # Ctrl-C in this terminal is not meant for the server
+    )
+
+
+def _start(root: Path) -> str:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    _home(root).mkdir(exist_ok=True)
+    (_home(root) / "server.pid").unlink(missing_ok=True)  # of a server that was killed
+    (root / "prefect.toml").write_text(CONFIG.format(home=_home(root), port=port), "utf-8")
+    begun = _prefect(
+        root, "server", "start", "--background", "--host", "127.0.0.1", "--port", str(port)
+    )
+    deadline = time.monotonic() + START_SECONDS
+    while begun.returncode == 0 and time.monotonic() < deadline:
+        if answers(url):
+            return url
+        time.sleep(0.25)
+    (root / "prefect.toml").unlink(missing_ok=True)
+    said = (begun.stderr or begun.stdout).strip() or f"no answer in {START_SECONDS} s"
+    raise UserError(f"the Prefect server did not start on port {port}: {said}")

@@ -1,0 +1,85 @@
+"""The Prefect task that wraps one stage: its log, its progress, its time limit and its state."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from uuid import UUID
+
+from prefect import get_run_logger, runtime, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, StateDetails
+from prefect.states import Completed, Failed
+
+from tasks import bridge
+from tasks.command import parse_progress
+from tasks.terminal import terminal
+
+PROGRESS_SECONDS = 2  # between updates of a progress artifact: each is a call to the server
+
+
+class Progress:
+    """Shows a stage's progress on the terminal and, for long stages, as an artifact of the run."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.artifact: UUID | None = None
+        self.updated = 0.0
+
+    def update(self, done: int, total: int, note: str) -> None:
+        terminal.progress(self.stage, done, total, note)
+        now = time.monotonic()
+        if self.stage.partition("@")[0] not in {"fetch", "quantize", "finetune"}:
+            return
+        if now - self.updated < PROGRESS_SECONDS and done < total:
+            return
+        self.updated = now
+        percent = 100 * done / max(total, 1)
+        if self.artifact is None:
+            created = create_progress_artifact(percent, description=f"{self.stage}: {note}")
+            self.artifact = created if isinstance(created, UUID) else None
+        else:
+            update_progress_artifact(self.artifact, percent, f"{self.stage}: {note}")
+
+
+# DVC decides what is stale, so Prefect's own cache is off: a record of an earlier run says nothing
+# about what is on disk. The state carries DVC's stage key as its cache key all the same.
+@task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, log_prints=False)
+def run_stage(name: str, root: Path, limit_seconds: float) -> State:
+    """Bring one stage up to date.
+
+    Returns:
+        Cached when DVC skipped or restored it, Completed when it ran, Failed with its own last
+        words as the message.
+    """
+    logger = get_run_logger()
+    progress = Progress(name)
+    terminal.started(name)
+
+    def on_line(line: str) -> None:
+        if step := parse_progress(line):
+            progress.update(*step)
+        elif line:
+            logger.info(line)
+
+    run_id = str(runtime.flow_run.id or "")
+    try:
+        env = {"OLIVEPRESS_RUN_ID": run_id}
+        outcome = bridge.reproduce(root, name, on_line, limit_seconds, env)
+    except bridge.StageFailed as error:
+        return Failed(message=str(error))
+    return Completed(
+        name="Completed" if outcome.action == "run" else "Cached",
+        message=describe(outcome),
+        data=outcome,
+        state_details=StateDetails(cache_key=outcome.key),
+    )
+
+
+def describe(outcome: bridge.Outcome) -> str:
+    """Why the stage ran, or why it did not have to."""
+    if outcome.action == "unchanged":
+        return "nothing changed"
+    reasons = "; ".join(outcome.reasons[:3]) + ("; …" if len(outcome.reasons) > 3 else "")
+    return reasons if outcome.action == "run" else f"restored from the cache: {reasons}"

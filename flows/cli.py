@@ -1,0 +1,333 @@
+"""The `olivepress` command."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stages.errors import UserError
+
+app = typer.Typer(
+    help="Turn a small language model and a file of examples into a tested on-device model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False, soft_wrap=True)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+MARKS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+@contextmanager
+def in_project() -> Iterator[Path]:
+    """Work in the project's folder; a user's mistake ends the command with its message."""
+    from tasks import bridge
+
+    try:
+        root = bridge.find_root()
+        os.chdir(root)
+        yield root
+    except UserError as error:
+        _stop(str(error))
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """For imports and short work: a quarter of their time goes into collecting what they keep."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _stop(message: str, code: int = 1) -> NoReturn:
+    typer.echo(f"olivepress: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def run(
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("-S", "--set", metavar="KEY=VALUE", help="Change params.yaml first."),
+    ] = None,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("-v", help="Show what the stages print.")] = False,
+) -> None:
+    """Bring every stage up to date: what has not changed is not computed again."""
+    with in_project() as root:
+        from tasks import overrides
+
+        _pipeline(root, overrides.parse(set_ or []), as_json, verbose)
+
+
+def _pipeline(root: Path, values: dict[str, Any], as_json: bool, verbose: bool) -> str:
+    """Run the flow and show what it did; its address in the UI."""
+    from tasks import server
+    from tasks.terminal import terminal
+
+    _quiet_prefect(verbose)
+    api = server.ensure(root)
+    from flows import summary
+
+    terminal.quiet = as_json
+    try:
+        state = _run_flow(values)
+    except KeyboardInterrupt:
+        _stop("stopped; what was finished is kept", 130)
+    url = f"{server.ui_url(api)}/runs/flow-run/{state.state_details.flow_run_id}"
+    if as_json:
+        rows = [asdict(row) for row in state.result(raise_on_failure=False) or []]
+        _print_json({"stages": rows, "metrics": summary.metrics(root), "url": url})
+    if not state.is_completed():
+        _stop(f"{state.message}\nThis run: {url}")
+    if not as_json:
+        console.print()
+        found = summary.metrics(root)
+        console.print(summary.table(found))
+        for remark in summary.remarks(found):
+            console.print(remark, style="dim")
+        typer.echo(f"\nThis run: {url}")
+    return url
+
+
+def _quiet_prefect(verbose: bool) -> None:
+    """Settings for the process of one command; logs still reach the server."""
+    os.environ.setdefault(
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if verbose else "CRITICAL"
+    )
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def _run_flow(values: dict[str, Any]) -> Any:
+    """The flow's final state."""
+    with without_gc():
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+        from flows.optimize import optimize
+
+    # The heartbeat tells a server that a worker's flow lives; joining its thread costs 0.9 s here.
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        return optimize(values, return_state=True)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Say for each stage whether it is up to date, or stale and why."""
+    with without_gc(), in_project() as root:
+        from stages import params
+        from tasks import bridge
+
+        params.load()
+        needs = bridge.status(root)
+        if as_json:
+            _print_json({name: asdict(need) for name, need in needs.items()})
+            return
+        for name, need in needs.items():
+            if need.action == "unchanged":
+                console.print(f"[green]up to date[/]  {name}")
+            else:
+                word = "restorable" if need.action == "restore" else "stale     "
+                console.print(f"[yellow]{word}[/]  {name}: ", end="")
+                console.print("; ".join(need.reasons), markup=False)
+
+
+Adapter = Annotated[
+    str | None, typer.Option(help="An adapter's name, or none.", show_default=False)
+]
+Length = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    adapter: Adapter = None,
+    max_new_tokens: Length = 128,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt with the packaged model, token by token. Default: its only adapter."""
+    with in_project():
+        session = _session()
+        name = _choose(session.adapters, adapter)
+        pieces = []
+        for piece in session.stream(prompt, name, max_new_tokens=max_new_tokens):
+            pieces.append(piece)
+            if not as_json:
+                print(piece, end="", flush=True)
+        if as_json:
+            _print_json({"prompt": prompt, "adapter": name, "answer": "".join(pieces)})
+        else:
+            print()
+
+
+@app.command()
+def chat(adapter: Adapter = None, max_new_tokens: Length = 128) -> None:
+    """Talk with the packaged model line by line; /adapter NAME switches, /adapter none, /quit."""
+    with in_project():
+        session = _session()
+        name = _choose(session.adapters, adapter)
+        prompts = sys.stdin.isatty()
+        while True:
+            try:
+                line = input(f"{name or 'none'}> " if prompts else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                break
+            if line == "/quit":
+                break
+            if line.startswith("/adapter"):
+                name = _switch(session.adapters, line.removeprefix("/adapter").strip(), name)
+            elif line.startswith("/"):
+                typer.echo("commands: /adapter NAME, /adapter none, /quit", err=True)
+            elif line:
+                for piece in session.stream(line, name, max_new_tokens=max_new_tokens):
+                    print(piece, end="", flush=True)
+                print()
+
+
+def _switch(adapters: list[str], wanted: str, now: str | None) -> str | None:
+    try:
+        name = _choose(adapters, wanted or None)
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        return now
+    typer.echo(f"adapter: {name or 'none'}", err=True)
+    return name
+
+
+def _session() -> Any:
+    from stages.generation import Session
+    from stages.stage import PACKAGE
+
+    if not (PACKAGE / "genai_config.json").exists():
+        raise UserError(f"{PACKAGE} is not there yet; olivepress run makes it")
+    return Session(PACKAGE)
+
+
+def _choose(adapters: list[str], wanted: str | None) -> str | None:
+    """The adapter to use: the one named, or the only one there is."""
+    if wanted == "none":
+        return None
+    if wanted is None and len(adapters) == 1:
+        return adapters[0]
+    if wanted not in adapters:
+        known = ", ".join([*adapters, "none"])
+        raise UserError(f"--adapter {wanted or ''}: choose one of {known}".replace("  ", " "))
+    return wanted
+
+
+@app.command()
+def lineage(
+    path: Annotated[Path, typer.Argument(help="A file or folder that a stage made.")],
+    as_json: Json = False,
+) -> None:
+    """Say what made a file: command, inputs, parameters, versions, commit, run and when."""
+    path = Path.cwd() / path
+    with in_project() as root:
+        from tasks import lineage as origins
+
+        chain = origins.trace(root, path)
+        if as_json:
+            _print_json([asdict(origin) for origin in chain])
+            return
+        for origin in chain:
+            _print_origin(origin)
+
+
+def _print_origin(origin: Any) -> None:
+    record = origin.record
+    console.print(f"[bold]{origin.stage}[/]  {', '.join(origin.outputs)}")
+    commit = (record.get("git_commit") or "unknown")[:12]
+    lines = {
+        "command": origin.command,
+        "made": f"{record.get('started', 'unknown')}, in {record.get('seconds', '?')} s",
+        "run": record.get("run_id") or "dvc repro",
+        "commit": commit + (" with local changes" if record.get("git_dirty") else ""),
+        "key": origin.key,
+        "params": ", ".join(f"{k}={v}" for k, v in origin.params.items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items()),
+    }
+    for name, value in lines.items():
+        if value:
+            console.print(f"  {name:<9} {value}", markup=False)
+    for path, digest in origin.inputs.items():
+        console.print(f"  {'input':<9} {path}  {digest}", markup=False)
+    console.print()
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check versions, memory, disk and GPU against what the chosen model will need."""
+    with in_project() as root:
+        from tasks import doctor as checks
+
+        found = checks.report(root)
+        if as_json:
+            _print_json([asdict(check) for check in found])
+        else:
+            table = Table(box=None, show_header=False, pad_edge=False)
+            for check in found:
+                table.add_row(
+                    check.name, f"[{MARKS[check.verdict]}]{check.verdict}[/]", check.message
+                )
+            console.print(table)
+        if any(check.verdict == "problem" for check in found):
+            raise typer.Exit(1)
+
+
+@app.command()
+def ui() -> None:
+    """Start the Prefect server if none answers, and say where its pages are."""
+    with in_project() as root:
+        from tasks import server
+
+        typer.echo(server.ui_url(server.ensure(root)))
+
+
+@app.command()
+def down() -> None:
+    """Stop the Prefect server that was started here."""
+    with in_project() as root:
+        from tasks import server
+
+        typer.echo("stopped" if server.stop(root) else "nothing was running")
+
+
+DEMO_QUESTION = "What should I eat in Lisbon?"
+
+
+@app.command()
+def demo() -> None:
+    """Run everything, then ask one travel question with the adapter off and on."""
+    with in_project() as root:
+        url = _pipeline(root, {}, as_json=False, verbose=False)
+        session = _session()
+        console.print(f"\n[bold]{DEMO_QUESTION}[/]")
+        for label, name in (("adapter off", None), ("adapter on", session.adapters[0])):
+            console.print(f"  [dim]{label:<12}[/]", end="")
+            for piece in session.stream(DEMO_QUESTION, name, max_new_tokens=48):
+                print(piece, end="", flush=True)
+            print()
+        typer.echo(f"\nLook at the run: {url}")
+        typer.echo('Ask for yourself: .venv/bin/olivepress generate "…"')
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,105 @@
+"""The flow: every stage of dvc.yaml in order, as many at once as params.yaml allows."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from graphlib import TopologicalSorter
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.states import Failed
+
+from flows import summary
+from stages import params
+from stages.errors import UserError
+from tasks import bridge, doctor
+from tasks import overrides as changes
+from tasks.command import stages_end_with_caller
+from tasks.stage import run_stage
+from tasks.terminal import terminal
+
+
+@flow(name="optimize", log_prints=False, persist_result=False)
+def optimize(overrides: dict[str, Any] | None = None) -> Any:
+    """Bring every stage up to date, and say what was done and why.
+
+    Args:
+        overrides: values for params.yaml by dotted key, for instance {"quantize.bits": 8}.
+
+    Returns:
+        A row for each stage; or a Failed state with the last words of the stage that failed, or
+        with what is wrong in params.yaml, dvc.yaml or the machine.
+    """
+    try:
+        root = bridge.find_root()
+        for change in changes.apply(root, overrides or {}):
+            get_run_logger().info("params.yaml: %s", change)
+        settings = params.load(root / "params.yaml").run
+        doctor.check_or_raise(root)
+        graph = bridge.graph(root)
+    except UserError as error:
+        return Failed(message=str(error))
+
+    def start(stage: str, upstream: list[PrefectFuture]) -> PrefectFuture:
+        limit = settings.time_limits.get(stage, settings.time_limit_minutes) * 60
+        named = run_stage.with_options(retries=settings.retries)
+        return named.submit(stage, root, limit, wait_for=upstream)  # type: ignore[call-overload]
+
+    rows = []
+    with stages_end_with_caller():
+        for stage, state, seconds in in_order(graph, settings.concurrency, start):
+            rows.append(summary.row(stage, state, seconds))
+            terminal.ended(rows[-1].stage, rows[-1].state, rows[-1].reason, seconds)
+    summary.publish(root, rows)
+    failed = [row.reason for row in rows if row.state not in ("Completed", "Cached")]
+    return Failed(message=failed[0], data=rows) if failed else rows
+
+
+def in_order(
+    graph: dict[str, set[str]],
+    concurrency: int,
+    start: Callable[[str, list[PrefectFuture]], PrefectFuture],
+) -> Iterator[tuple[str, State, float]]:
+    """Start each stage when those it depends on are done.
+
+    Yields the stage, its final state and its seconds as it ends. After a failure nothing new is
+    started, and what runs is waited for.
+    """
+    order = TopologicalSorter(graph)
+    order.prepare()
+    futures: dict[str, PrefectFuture] = {}
+    began: dict[str, float] = {}
+    ended: queue.Queue[str] = queue.Queue()
+    ready: list[str] = []
+    running, failed = 0, False
+    while order.is_active():
+        ready += sorted(order.get_ready())
+        while ready and running < concurrency and not failed:
+            stage = ready.pop(0)
+            began[stage] = time.monotonic()
+            futures[stage] = start(stage, [futures[up] for up in sorted(graph[stage])])
+            futures[stage].add_done_callback(partial(_put, ended, stage))
+            running += 1
+        if not running:
+            return
+        stage = ended.get()
+        running -= 1
+        futures[stage].wait()
+        state = futures[stage].state
+        failed = failed or not state.is_completed()
+        yield stage, state, time.monotonic() - began[stage]
+        if not failed:
+            order.done(stage)
+
+
+def _put(ended: queue.Queue[str], stage: str, _: PrefectFuture) -> None:
+    ended.put(stage)
+
+
+if __name__ == "__main__":
+    optimize()

@@ -1,0 +1,136 @@
+"""What a run leaves to look at: a table of its stages and the metrics, on screen and in the UI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.stage import LINEAGE
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was done with one stage."""
+
+    stage: str
+    state: str
+    """Completed, Cached or Failed."""
+    reason: str
+    seconds: float
+    key: str | None
+    """DVC's stage key, 64 hex digits."""
+    outs: list[str]
+
+
+def row(stage: str, state: Any, seconds: float) -> Row:
+    """The row of a stage from the final state of its task run."""
+    outcome = state.result() if state.is_completed() else None
+    return Row(
+        stage,
+        state.name,
+        state.message or state.name,
+        round(seconds, 2),
+        outcome.key if outcome else None,
+        outcome.outs if outcome else [],
+    )
+
+
+def metrics(root: Path) -> dict[str, dict[str, Any]]:
+    """Each adapter's metrics, by name."""
+    return {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(root.glob("metrics/*.json"))}
+
+
+def model_rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
+    """(adapter, model, perplexity, exact answers, size) as text, for every measured model."""
+    names = {
+        "base": ("base model", "base"),
+        "quantized": ("quantized", "quantized"),
+        "quantized_lora": ("quantized, taught", None),
+        "onnx_off": ("ONNX, adapter off", "onnx"),
+        "onnx_on": ("ONNX, adapter on", "adapter"),
+    }
+    rows = []
+    for adapter, values in found.items():
+        for key, (label, size) in names.items():
+            figures = values[key]
+            plus = "+" if key == "onnx_on" else ""
+            rows.append(
+                (
+                    adapter,
+                    label,
+                    f"{figures['perplexity']:.3f}",
+                    f"{figures['exact_answer_rate']:.1%}",
+                    f"{plus}{values['size_mb'][size]:.1f} MB" if size else "",
+                )
+            )
+    return rows
+
+
+def remarks(found: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence of speed and agreement for each adapter."""
+    return [
+        f"{adapter}: PyTorch and ONNX choose the same token in "
+        f"{values['agreement']['top1']:.1%} of places (mean KL {values['agreement']['mean_kl']}); "
+        f"{values['speed']['adapter_on']['tokens_per_second']:,.0f} tokens/s with the adapter, "
+        f"{values['speed']['adapter_off']['tokens_per_second']:,.0f} without, "
+        f"{values['speed']['peak_rss_mb']:,.0f} MB of memory."
+        for adapter, values in found.items()
+    ]
+
+
+HEADER = ("adapter", "model", "perplexity", "exact answers", "size")
+
+
+def table(found: dict[str, dict[str, Any]]) -> Any:
+    """The metrics for a terminal."""
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in HEADER:
+        shown.add_column(name, justify="left" if name in ("adapter", "model") else "right")
+    for cells in model_rows(found):
+        shown.add_row(*cells)
+    return shown
+
+
+def publish(root: Path, rows: list[Row]) -> None:
+    """Leave the summary and the table of stages as artifacts of the flow run."""
+    from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+    create_table_artifact(
+        [{**asdict(row), "outs": ", ".join(row.outs)} for row in rows],
+        key="stages",
+        description="What was done with each stage, and why",
+    )
+    done = all(row.state in ("Completed", "Cached") for row in rows)
+    text = markdown(rows, metrics(root) if done else {})
+    create_markdown_artifact(text, key="summary", description="Stages and metrics")
+
+
+def markdown(rows: list[Row], found: dict[str, dict[str, Any]]) -> str:
+    """The summary: what was done with each stage, then the metrics."""
+    stages = [
+        (r.stage, r.state, r.reason, f"{r.seconds:.1f}", f"`{(r.key or '')[:12]}`", _made(r.outs))
+        for r in rows
+    ]
+    parts = ["## Stages", _grid(("stage", "state", "reason", "seconds", "key", "outs"), stages)]
+    if found:
+        parts += ["## Metrics", _grid(HEADER, model_rows(found)), *remarks(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _made(outs: list[str]) -> str:
+    """The outputs but for the record that every stage leaves."""
+    return ", ".join(f"`{path}`" for path in outs if not path.startswith(f"{LINEAGE}/"))
+
+
+def _grid(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    cells = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in cells)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")

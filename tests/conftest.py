@@ -1,0 +1,128 @@
+"""What the tests share: a Prefect server, small projects with real DVC, and the whole lab once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+TOY = """
+stages:
+  first:
+    cmd: python first.py
+    params: [quantize.bits]
+    deps: [in.txt, first.py]
+    outs: [out/first]
+  each:
+    foreach: ${adapters}
+    do:
+      cmd: python each.py ${key}
+      deps: [out/first, each.py]
+      outs: ["out/each-${key}"]
+"""
+FIRST = """
+from pathlib import Path
+print("progress 1/2 half way")
+print("first was here")
+Path("out").mkdir(exist_ok=True)
+Path("out/first").write_text(Path("in.txt").read_text())
+"""
+EACH = """
+import sys
+from pathlib import Path
+Path(f"out/each-{sys.argv[1]}").write_text(Path("out/first").read_text() * 2)
+"""
+
+
+def sh(
+    *command: str, cwd: Path, check: bool = True, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a person would, with the environment of the tests first on PATH."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PWD": str(cwd), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check and done.returncode != 0:
+        pytest.fail(f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def hears_ctrl_c() -> None:
+    """For a child process: undo that a job in the background of a script ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No telemetry, and DVC's hash database apart from the user's."""
+    os.environ["DVC_NO_ANALYTICS"] = "1"
+    os.environ["DO_NOT_TRACK"] = "1"
+    os.environ["DVC_SITE_CACHE_DIR"] = str(tmp_path_factory.mktemp("dvc-site-cache"))
+
+
+def init_project(folder: Path) -> Path:
+    """Make `folder` a Git and DVC project with this project's parameters and DVC settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sh("git", "init", "--quiet", cwd=folder)
+    sh("dvc", "init", "--quiet", cwd=folder)
+    shutil.copy(REPO / ".dvc/config", folder / ".dvc/config")
+    shutil.copy(REPO / "params.yaml", folder / "params.yaml")
+    return folder
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of two quick stages, the second once per adapter; the test runs in its folder."""
+    folder = init_project(tmp_path / "toy")
+    files = {"dvc.yaml": TOY, "first.py": FIRST, "each.py": EACH, "in.txt": "hello\n"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real Prefect server, started the way `olivepress` starts one."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    from tasks import server
+
+    root = tmp_path_factory.mktemp("server")
+    keep = {name: os.environ.pop(name, None) for name in ("PREFECT_API_URL", "PREFECT_HOME")}
+    os.environ["PREFECT_HOME"] = str(root / "no-profile")
+    url = server.ensure(root)
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: str(root / ".prefect")}):
+        yield url
+    server.stop(root)
+    for name, value in keep.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory, api: str) -> Path:
+    """A fresh copy of the project in which `olivepress run` has made everything, once.
+
+    Tests that change it put it back. What the run said is in run.json beside it.
+    """
+    from lab import copy_project
+
+    folder = copy_project(tmp_path_factory.mktemp("lab") / "project")
+    said = sh("olivepress", "run", "--json", cwd=folder, PREFECT_API_URL=api).stdout
+    (folder.parent / "run.json").write_text(said)
+    return folder

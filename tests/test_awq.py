@@ -1,0 +1,283 @@
+"""AWQ: folds that change nothing, a search that never loses, and Olive's format on disk."""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from olive.common.hf.wrapper import ModelWrapper
+from olive.common.quant.nn import QuantLinear
+from olive.common.quant.utils import WeightQuantizer
+from olive.model import HfModelHandler
+from olive.passes.olive_pass import create_pass_from_dict
+from olive.passes.pytorch.quant_utils import QuantInfo
+from olive.passes.pytorch.rtn import Rtn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from passes import rounding
+from passes.awq import Activations, Awq
+from passes.calibration import data_config, pack
+from passes.folding import Fold, candidates, leaves_unchanged
+from stages import quantize as stage_quantize
+from stages.errors import UserError
+from stages.params import Quantize
+from tests.models import CONFIGS, save_model, token_sequences
+
+# The module that each fold of the first layer divides.
+FOLDS = {
+    "phi3": [
+        "input_layernorm",
+        "self_attn.qkv_proj",
+        "post_attention_layernorm",
+        "mlp.gate_up_proj",
+    ],
+    "llama": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"],
+    "qwen2": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"],
+    "gemma2": ["input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"],
+    "opt": ["self_attn_layer_norm", "self_attn.v_proj", "final_layer_norm", "fc1"],
+    "phi": [],  # its norm is read by the MLP too, and Olive does not know its other linears
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("awq")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small matrices: starting a second thread costs more than it does
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(pass_type: type, model: Path, out: Path, **config) -> HfModelHandler:
+    if pass_type is Awq:
+        config["data_config"] = data_config(token_sequences(8, 64), batch_size=8)
+    quantizer = create_pass_from_dict(pass_type, {"group_size": 32, **config}, True)
+    return quantizer.run(HfModelHandler(str(model)), str(out))
+
+
+def load(folder: Path) -> nn.Module:
+    handler = HfModelHandler(str(folder), load_kwargs={"dtype": "float32"})
+    return handler.load_model(cache_model=False).eval()
+
+
+def wrapped(name: str) -> tuple[ModelWrapper, Tensor]:
+    """A model of uneven channels whose linears are marked as to be quantized, and its input."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn(parameter.shape))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.quant_info = QuantInfo(WeightQuantizer(4, False, 32))
+    return ModelWrapper.from_model(model), torch.tensor(token_sequences(2, 16))
+
+
+@torch.no_grad()
+def valid_folds(wrapper: ModelWrapper, ids: Tensor) -> list[tuple[str, Fold]]:
+    layer = wrapper.get_layer_wrappers()[0]
+    names = {module: name for name, module in layer.layer.named_modules()}
+
+    def output() -> Tensor:
+        return wrapper.model(input_ids=ids).logits
+
+    found, expected = [], output()
+    for choices in candidates(wrapper, layer):
+        valid = (f for f in choices if leaves_unchanged(f, expected, output, torch.float32))
+        found += list(valid)[:1]
+    return [(names[f.source], f) for f in found]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_folds_go_where_the_architecture_allows(name):
+    assert [source for source, _ in valid_folds(*wrapped(name))] == FOLDS[name]
+
+
+def test_no_fold_across_a_nonlinearity():
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS["opt"].__class__(**{**CONFIGS["opt"].to_dict(), "activation_function": "gelu"})
+    ).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.quant_info = QuantInfo(WeightQuantizer(4, False, 32))
+    ids = torch.tensor(token_sequences(2, 16))
+    sources = [source for source, _ in valid_folds(ModelWrapper.from_model(model), ids)]
+    assert sources == FOLDS["opt"][:-1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_folding_leaves_the_function_unchanged(name, dtype):
+    wrapper, ids = wrapped(name)
+    wrapper.model.to(dtype).float()  # what a checkpoint of this type holds
+    expected = wrapper.model(input_ids=ids).logits
+    for _, fold in valid_folds(wrapper, ids):
+        fold.apply(fold.tie(torch.rand(fold.linears[0].in_features) + 0.3), dtype)
+        if not isinstance(fold.source, nn.Linear):
+            stored = fold.source.weight.to(dtype).float()
+            assert torch.equal(stored, fold.source.weight), "the norm's weight would be rounded"
+    error = wrapper.model(input_ids=ids).logits - expected
+    # Only a LayerNorm's bias is rounded: bfloat16 has 8 bits.
+    limit = 2e-3 if (name, dtype) == ("opt", torch.bfloat16) else 1e-5
+    assert error.norm() < limit * expected.norm()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [16, -1])
+def test_rounding_is_olives_bit_for_bit(symmetric, group_size):
+    quantizer = WeightQuantizer(4, symmetric, group_size)
+    w = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+    w[0], w[1], w[2] = 0, w[1].abs(), -w[2].abs()
+    assert torch.equal(rounding.rounded(w, quantizer), quantizer.fake_quantize(w))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(4))
+def test_search_never_loses_to_plain_rounding(seed):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(64, 32, bias=False)
+    linear.weight.data = torch.randn(32, 64, generator=generator)
+    quantizer = WeightQuantizer(4, False, 32)
+    linear.quant_info = QuantInfo(quantizer)
+    x = torch.randn(128, 64, generator=generator) * torch.rand(64, generator=generator) ** 4
+    seen = Activations(torch.zeros(64, 64), torch.zeros(64))
+    seen.add(x)
+    quantize = create_pass_from_dict(Awq, {"data_config": data_config([[1]])}, True)
+    s = quantize._search_scale(Fold([linear], nn.RMSNorm(64), linear, "x"), seen, None)
+    w = linear.weight.data
+
+    def error(scale: Tensor) -> Tensor:
+        return (x @ (rounding.rounded(w * scale, quantizer) / scale - w).T).square().sum()
+
+    assert error(s) <= error(torch.ones(64))
+    plain = (x @ (quantizer.fake_quantize(w) - w).T).square().sum(0)
+    clipped = quantize._round(linear, seen, slice(0), torch.float32)
+    kept = quantize._round(linear, seen, slice(None), torch.float32)
+    eye = torch.eye(64)
+    assert ((x @ (clipped(eye) - w.T)).square().sum(0) <= plain * (1 + 1e-4)).all()
+    assert torch.equal(kept(eye).T, quantizer.fake_quantize(w))
+
+
+def test_search_takes_the_wide_channels_into_account(folder):
+    """Where few input channels are large, AWQ's point, the model's output is nearer than RTN's."""
+    base = save_model(folder / "wide", "llama")
+    ids = torch.tensor(token_sequences(4, 32, seed=5))
+    with torch.no_grad():
+        expected = load(base)(ids).logits
+        rtn, ours = (
+            (load(Path(run(p, base, folder / p.__name__).model_path))(ids).logits - expected).norm()
+            for p in (Rtn, Awq)
+        )
+    assert ours < 0.97 * rtn
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_writes_olives_format(folder, name):
+    base = save_model(folder / name, name, torch.bfloat16)
+    out = folder / f"{name}-awq"
+    run(Awq, base, out)
+    model, original = load(out), load(base)
+    ids = torch.tensor(token_sequences(2, 16))
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.isfinite().all()
+    assert sum(isinstance(m, QuantLinear) for m in model.modules()) == sum(
+        type(m) is nn.Linear for n, m in original.named_modules() if n != "lm_head"
+    )
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(model, get)().weight, getattr(original, get)().weight)
+
+
+@pytest.mark.parametrize("config", [{"sym": True}, {"bits": 8}, {"group_size": -1}])
+def test_other_formats(folder, config):
+    base = save_model(folder / "other", "llama")
+    run(Awq, base, folder / "other-awq", **config)
+    expected, found = load(base), load(folder / "other-awq")
+    ids = torch.tensor(token_sequences(2, 16))
+    with torch.no_grad():
+        a, b = expected(ids).logits, found(ids).logits
+    assert (a - b).norm() < (0.05 if "bits" in config else 1) * a.norm()
+
+
+def test_pack_spreads_over_the_text_and_refuses_too_little():
+    assert pack([[0, 1, 2], [3, 4, 5, 6, 7]], 2, 2) == [[0, 1], [4, 5]]
+    with pytest.raises(ValueError, match="8 tokens are too few for 3 sequences of 4; they hold 2"):
+        pack([list(range(8))], 3, 4)
+
+
+# The stage.
+
+
+def settings(**changes) -> Quantize:
+    values = {
+        "algorithm": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "symmetric": False,
+        "calibration_data": "unused",
+        "calibration_samples": 8,
+        "calibration_seq_len": 32,
+    }
+    return Quantize(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def text(folder) -> Path:
+    path = folder / "calibration.jsonl"
+    path.write_text(json.dumps({"text": "Some text to measure activations on. " * 10}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(folder) -> Path:
+    return save_model(folder / "base", "phi3")
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_same_input_gives_same_bytes(folder, base, text):
+    for name in ("one", "two"):
+        stage_quantize.quantize(base, text, folder / name, settings())
+    assert digest(folder / "one") == digest(folder / "two")
+    assert str(folder).encode() not in b"".join(
+        p.read_bytes() for p in (folder / "one").glob("*.json")
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "rtn", "kquant", "none"])
+def test_every_algorithm_leaves_a_whole_model(folder, base, text, algorithm):
+    out = folder / algorithm
+    stage_quantize.quantize(base, text, out, settings(algorithm=algorithm))
+    assert {p.name for p in base.iterdir()} == {p.name for p in out.iterdir()}
+    linear = load(out).get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(linear, nn.Linear if algorithm == "none" else QuantLinear)
+
+
+def test_group_size_that_does_not_divide_names_the_layer(folder, text):
+    odd = save_model(folder / "odd", "llama", intermediate_size=160)
+    with pytest.raises(UserError) as error:
+        stage_quantize.quantize(odd, text, folder / "no", settings(group_size=64))
+    assert str(error.value) == (
+        "params.yaml: quantize.group_size 64 does not divide the 160 in_features of "
+        "model.layers.0.mlp.down_proj; these do: 16, 32"
+    )
+
+
+def test_quantized_base_is_refused(folder, base, text):
+    quantized = folder / "again"
+    stage_quantize.quantize(base, text, quantized, settings(algorithm="rtn"))
+    with pytest.raises(UserError, match=r"already quantized: set quantize\.algorithm to none"):
+        stage_quantize.quantize(quantized, text, folder / "no", settings())
+
+
+def test_short_calibration_text_is_refused(folder, base, text):
+    with pytest.raises(UserError, match=r"too few for 64 sequences of 32.*calibration_samples"):
+        stage_quantize.quantize(base, text, folder / "no", settings(calibration_samples=64))

@@ -1,0 +1,300 @@
+"""The bridge against real DVC: decisions, reasons, keys, streams, limits and failures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import BIN, REPO, sh
+from stages.errors import UserError
+from tasks import bridge, command, overrides
+
+
+def run(root: Path, name: str = "first", limit: float = 60, **env: str) -> bridge.Outcome:
+    return bridge.reproduce(root, name, lambda line: None, limit, env)
+
+
+def actions(root: Path) -> dict[str, str]:
+    return {name: need.action for name, need in bridge.status(root).items()}
+
+
+def test_graph_is_that_of_dvc_yaml(toy: Path) -> None:
+    assert bridge.graph(toy) == {"first": set(), "each@travel": {"first"}}
+
+
+def test_graph_of_the_project_orders_upstream_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    graph = bridge.graph(REPO)
+    order = list(graph)
+    assert all(order.index(up) < order.index(stage) for stage in graph for up in graph[stage])
+    assert graph["export"] == {"quantize"}  # never an adapter
+    assert graph["convert@travel"] == {"finetune@travel", "export"}
+    assert graph["package"] == {"evaluate@travel"}
+
+
+def test_run_then_unchanged_then_restored(toy: Path) -> None:
+    first = run(toy)
+    assert (first.action, first.reasons, first.outs) == ("run", ["never run"], ["out/first"])
+    assert run(toy).action == "unchanged"
+    (toy / "out/first").unlink()
+    again = run(toy)
+    assert (again.action, again.reasons) == ("restore", ["out/first missing"])
+    assert (toy / "out/first").read_text() == "hello\n"
+    assert again.key == first.key
+
+
+def test_a_parameter_that_goes_back_restores_the_first_bytes(toy: Path) -> None:
+    (toy / "first.py").write_text(
+        "import time; open('out/first', 'w').write(str(time.time_ns()))".replace(
+            "open", "__import__('os').makedirs('out', exist_ok=True); open"
+        )
+    )
+    key, bytes_ = run(toy).key, (toy / "out/first").read_bytes()
+    overrides.apply(toy, {"quantize.bits": 8})
+    assert bridge.ask(toy, "first").reasons == ["params quantize.bits 4 → 8"]
+    other = run(toy)
+    assert other.action == "run" and other.key != key
+    overrides.apply(toy, {"quantize.bits": 4})
+    assert bridge.ask(toy, "first").action == "restore"
+    back = run(toy)
+    assert (back.action, back.key) == ("restore", key)
+    assert (toy / "out/first").read_bytes() == bytes_
+
+
+def test_restore_is_not_promised_for_inputs_never_seen(toy: Path) -> None:
+    """Once said restorable when the lock's outputs were cached, whatever the inputs were now."""
+    run(toy)
+    (toy / "in.txt").write_text("something new\n")
+    assert bridge.ask(toy, "first") == bridge.Need("run", ["in.txt modified"])
+
+
+def test_status_says_why_and_what_waits(toy: Path) -> None:
+    assert actions(toy) == {"first": "run", "each@travel": "run"}
+    run(toy)
+    run(toy, "each@travel")
+    assert actions(toy) == {"first": "unchanged", "each@travel": "unchanged"}
+    overrides.apply(toy, {"quantize.bits": 8})
+    needs = bridge.status(toy)
+    assert needs["first"].reasons == ["params quantize.bits 4 → 8"]
+    assert needs["each@travel"].reasons == ["waits for first"]
+
+
+def test_an_output_changed_by_hand_is_noticed_and_mended(toy: Path) -> None:
+    run(toy)
+    (toy / "out/first").write_text("tampered")
+    assert bridge.ask(toy, "first").reasons == ["out/first was changed by hand"]
+    assert run(toy).action == "restore"
+    assert (toy / "out/first").read_text() == "hello\n"
+
+
+def test_dvc_repro_and_the_bridge_agree(toy: Path) -> None:
+    sh("dvc", "repro", cwd=toy)
+    assert actions(toy) == {"first": "unchanged", "each@travel": "unchanged"}
+    (toy / "in.txt").write_text("new\n")
+    assert run(toy).action == "run"
+    assert run(toy, "each@travel").action == "run"
+    assert "up to date" in sh("dvc", "status", cwd=toy).stdout
+
+
+def test_key_is_the_name_of_dvcs_own_run_cache_entry(toy: Path) -> None:
+    key = run(toy).key
+    assert key is not None and len(key) == 64
+    assert (toy / ".dvc/cache/runs" / key[:2] / key).is_dir()
+
+
+def test_key_is_sha256_of_what_the_stage_depends_on(toy: Path) -> None:
+    key = run(toy).key
+    entry = yaml.safe_load((toy / "dvc.lock").read_text())["stages"]["first"]
+    for dep in entry["deps"]:
+        del dep["size"]
+    entry["outs"] = [out["path"] for out in entry["outs"]]
+    text = json.dumps(entry, sort_keys=True).encode()
+    assert hashlib.sha256(text).hexdigest() == key
+
+
+def test_lines_stream_while_the_stage_runs(toy: Path) -> None:
+    (toy / "first.py").write_text(
+        "import time, os\nprint('early')\ntime.sleep(1.5)\nos.makedirs('out')\n"
+        "open('out/first', 'w').write('x')\nprint('late')\n"
+    )
+    seen: dict[str, float] = {}
+    bridge.reproduce(toy, "first", lambda line: seen.setdefault(line, time.monotonic()), 60)
+    assert seen["late"] - seen["early"] > 1
+
+
+def test_environment_reaches_the_stage(toy: Path) -> None:
+    (toy / "first.py").write_text(
+        "import os, sys\nos.makedirs('out')\n"
+        "open('out/first', 'w').write(os.environ['OLIVEPRESS_RUN_ID'] + sys.executable)\n"
+    )
+    run(toy, OLIVEPRESS_RUN_ID="run-7 ")
+    assert (toy / "out/first").read_text() == f"run-7 {BIN / 'python'}"
+
+
+def test_failure_carries_the_last_words_and_puts_outputs_back(toy: Path) -> None:
+    run(toy)
+    (toy / "first.py").write_text(
+        "import sys\nprint('noise')\nsys.exit('first: row 3 is bad\\ndo this instead')\n"
+    )
+    with pytest.raises(bridge.StageFailed, match=r"^first: row 3 is bad\ndo this instead$"):
+        run(toy)
+    assert (toy / "out/first").read_text() == "hello\n"
+    assert bridge.ask(toy, "first").action == "run"  # a failure is never cached
+
+
+def test_failure_without_a_message_says_how_it_ended(toy: Path) -> None:
+    (toy / "first.py").write_text("import os\nprint('so far so good')\nos.kill(os.getpid(), 9)\n")
+    with pytest.raises(
+        bridge.StageFailed, match=r"first: so far so good \((killed by SIGKILL|exit)"
+    ):
+        run(toy)
+
+
+def test_a_stage_that_makes_no_output_fails(toy: Path) -> None:
+    (toy / "first.py").write_text("print('done')\n")
+    with pytest.raises(bridge.StageFailed, match="out/first"):
+        run(toy)
+
+
+def test_time_limit_kills_the_whole_process_group(toy: Path) -> None:
+    (toy / "first.py").write_text(
+        "import subprocess, os, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "open('pids', 'w').write(f'{os.getpid()} {child.pid}')\ntime.sleep(600)\n"
+    )
+    with pytest.raises(bridge.StageFailed, match=r"stopped after its time limit of 0\.05 minutes"):
+        run(toy, limit=3)
+    for pid in (toy / "pids").read_text().split():
+        assert not _alive(int(pid))
+
+
+def test_stages_end_when_their_caller_is_stopped(toy: Path) -> None:
+    (toy / "first.py").write_text(
+        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run(toy)
+        except BaseException as error:
+            errors.append(error)
+
+    with pytest.raises(KeyboardInterrupt), command.stages_end_with_caller():
+        thread = threading.Thread(target=work)
+        thread.start()
+        _written(toy / "pid")
+        raise KeyboardInterrupt
+    thread.join(20)
+    assert not thread.is_alive() and isinstance(errors[0], bridge.StageFailed)
+    assert not _alive(int((toy / "pid").read_text()))
+
+
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+@pytest.mark.parametrize("driver", ["bridge", "dvc repro"])
+def test_a_stage_dies_with_the_process_that_started_it(toy: Path, shell: str, driver: str) -> None:
+    """SIGKILL leaves no chance to clean up: the stage itself is tied to its parent.
+
+    Debian's sh stays between DVC and the stage; bash makes way.
+    """
+    (toy / "first.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(REPO)!r})\nimport os, time\n"
+        "from stages.stage import die_with_parent\ndie_with_parent()\n"
+        "open('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    code = (
+        "from pathlib import Path; from tasks import bridge; "
+        f"bridge.reproduce(Path({str(toy)!r}), 'first', print, 600)"
+    )
+    argv = [sys.executable, "-c", code] if driver == "bridge" else [BIN / "dvc", "repro"]
+    path = f"{BIN}:{os.environ['PATH']}"
+    env = {**os.environ, "PYTHONPATH": str(REPO), "SHELL": shell, "PATH": path}
+    caller = subprocess.Popen(argv, cwd=toy, env=env)
+    pid = _written(toy / "pid")
+    caller.kill()
+    caller.wait()
+    deadline = time.monotonic() + 10
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(pid)
+
+
+def test_two_stages_at_once_in_threads(toy: Path) -> None:
+    overrides.apply(toy, {"adapters.food.data": "data/travel.jsonl"})
+    run(toy)
+    outcomes: list[bridge.Outcome] = []
+    threads = [
+        threading.Thread(target=lambda n=name: outcomes.append(run(toy, n)))
+        for name in ("each@travel", "each@food")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(o.stage for o in outcomes) == ["each@food", "each@travel"]
+    assert set(actions(toy).values()) == {"unchanged"}
+
+
+def test_toolchain_runs_again_when_a_library_changed(toy: Path) -> None:
+    root = toy
+    (root / "dvc.yaml").write_text(
+        "stages:\n  toolchain:\n    cmd: python -m stages.toolchain\n"
+        "    deps: [lock]\n    outs: [models/toolchain.json]\n"
+    )
+    (root / "lock").write_text("")
+    run(root, "toolchain", PYTHONPATH=str(REPO))
+    assert run(root, "toolchain").action == "unchanged"
+    path = root / "models/toolchain.json"
+    path.write_text(path.read_text().replace("olive-ai", "olive-ai-old"))
+    sh("dvc", "commit", "--force", cwd=root)
+    assert "up to date" in sh("dvc", "status", cwd=root).stdout  # DVC alone cannot know
+    assert bridge.ask(root, "toolchain").reasons == ["installed libraries changed"]
+    assert run(root, "toolchain", PYTHONPATH=str(REPO)).action == "run"
+    assert "olive-ai-old" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "step"),
+    [("progress 3/8 layers", (3, 8, "layers")), ("progress 3/8", (3, 8, "")), ("progress", None)],
+)
+def test_progress_lines(line: str, step: tuple[int, int, str] | None) -> None:
+    assert command.parse_progress(line) == step
+
+
+def test_outside_a_project_the_error_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder upwards holds \.dvc"):
+        bridge.find_root(tmp_path)
+
+
+def test_a_broken_dvc_yaml_is_a_message(toy: Path) -> None:
+    (toy / "dvc.yaml").write_text("stages: [")
+    with pytest.raises(UserError, match=r"dvc\.yaml"):
+        bridge.graph(toy)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state != "Z"
+
+
+def _written(path: Path) -> int:
+    """The number in a file that another process is about to write."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text():
+            return int(path.read_text())
+        time.sleep(0.05)
+    pytest.fail(f"{path} was not written")

@@ -1,0 +1,218 @@
+"""The `olivepress` command as a person types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import BIN, hears_ctrl_c, sh
+from lab import olivepress
+from stages.errors import UserError
+from tasks import doctor, server
+
+COMMANDS = ["run", "status", "generate", "chat", "lineage", "doctor", "ui", "down", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, tmp_path: Path) -> None:
+    said = sh("olivepress", command, "--help", cwd=tmp_path).stdout
+    assert "Usage: olivepress" in said and len(said) > 200
+
+
+def test_outside_a_project(tmp_path: Path) -> None:
+    done = sh("olivepress", "status", cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "no folder upwards holds .dvc" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_run_prints_one_line_a_stage_and_no_colours_in_a_pipe(toy: Path, api: str) -> None:
+    said = sh("olivepress", "run", cwd=toy, PREFECT_API_URL=api).stdout
+    lines = said.splitlines()
+    assert re.fullmatch(r"Completed first +\d+\.\d s  never run", lines[0])
+    assert re.fullmatch(r"Completed each@travel +\d+\.\d s  never run", lines[1])
+    assert "\x1b[" not in said
+    assert re.search(r"This run: http://127\.0\.0\.1:\d+/runs/flow-run/[0-9a-f-]{36}", said)
+
+
+def test_run_works_from_a_folder_below(toy: Path, api: str) -> None:
+    (toy / "deep").mkdir()
+    report = olivepress(toy / "deep", "run", api=api)
+    assert [row["state"] for row in report["stages"]] == ["Completed", "Completed"]
+
+
+def test_status_in_words_and_as_json(toy: Path, api: str) -> None:
+    sh("olivepress", "run", cwd=toy, PREFECT_API_URL=api)
+    assert sh("olivepress", "status", cwd=toy).stdout.split() == [
+        *("up", "to", "date", "first", "up", "to", "date", "each@travel")
+    ]
+    params = toy / "params.yaml"
+    params.write_text(params.read_text().replace("bits: 4", "bits: 8"))
+    said = sh("olivepress", "status", cwd=toy).stdout
+    assert "first: params quantize.bits 4 → 8" in said and "each@travel: waits for first" in said
+    assert olivepress(toy, "status")["first"]["action"] == "run"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("quantize.bitz=8", "quantize.bitz: unknown parameter; did you mean quantize.bits?"),
+        ("quantize.bits=nine", "quantize.bits: must be 4 or 8, not 'nine'"),
+        ("quantize.bits", "write it as key=value"),
+    ],
+)
+def test_run_with_a_bad_setting(toy: Path, api: str, setting: str, message: str) -> None:
+    before = (toy / "params.yaml").read_text()
+    done = sh("olivepress", "run", "-S", setting, cwd=toy, check=False, PREFECT_API_URL=api)
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert (toy / "params.yaml").read_text() == before
+
+
+def test_a_failed_stage_is_told_once_without_a_traceback(toy: Path, api: str) -> None:
+    (toy / "first.py").write_text("import sys\nsys.exit('first: row 3 is bad')\n")
+    done = sh("olivepress", "run", cwd=toy, check=False, PREFECT_API_URL=api)
+    assert done.returncode == 1 and done.stdout.startswith("Failed    first")
+    assert "olivepress: first: row 3 is bad" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_ctrl_c_stops_the_stage_and_says_so(toy: Path, api: str) -> None:
+    (toy / "first.py").write_text(
+        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [BIN / "olivepress", "run"],
+        cwd=toy,
+        env={**os.environ, "PREFECT_API_URL": api},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,  # noqa: PLW1509
+    )
+    deadline = time.monotonic() + 60
+    while not ((toy / "pid").exists() and (toy / "pid").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "what was finished is kept" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((toy / "pid").read_text()), 0)
+
+
+def test_a_server_that_does_not_answer(toy: Path) -> None:
+    done = sh(
+        *("olivepress", "run"),
+        cwd=toy,
+        check=False,
+        PREFECT_API_URL="http://127.0.0.1:9/api",
+    )
+    assert done.returncode == 1 and "nothing answers there" in done.stderr
+
+
+def test_the_server_takes_the_next_port_when_one_is_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        first = taken.getsockname()[1]
+        assert server.free_port(first) != first
+
+
+def test_no_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "PORTS", 1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="no free port"):
+            server.free_port(taken.getsockname()[1])
+
+
+def test_ui_and_down(toy: Path, tmp_path: Path) -> None:
+    """Its own server: loopback, SQLite in the project, stopped by `down`."""
+    clean = {"PREFECT_HOME": str(tmp_path / "no-profile")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    said = subprocess.run(
+        [BIN / "olivepress", "ui"], cwd=toy, env={**env, **clean}, capture_output=True, text=True,
+        check=True,
+    ).stdout.strip()  # fmt: skip
+    try:
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", said)
+        assert server.answers(f"{said}/api")
+        assert (toy / ".prefect/prefect.db").exists()
+    finally:
+        stopped = subprocess.run(
+            [BIN / "olivepress", "down"], cwd=toy, env={**env, **clean}, capture_output=True,
+            text=True, check=True,
+        ).stdout  # fmt: skip
+    assert stopped == "stopped\n" and not server.answers(f"{said}/api")
+    assert not (toy / "prefect.toml").exists()
+
+
+def test_generate_before_there_is_a_package(toy: Path) -> None:
+    done = sh("olivepress", "generate", "hello", cwd=toy, check=False)
+    assert done.returncode == 1 and "olivepress run makes it" in done.stderr
+
+
+def test_generate_streams_and_adapters_switch(lab: Path) -> None:
+    answer = sh("olivepress", "generate", "What day follows Sunday?", "--adapter", "none", cwd=lab)
+    assert "Monday" in answer.stdout
+    done = sh("olivepress", "generate", "x", "--adapter", "nope", cwd=lab, check=False)
+    assert done.returncode == 1 and "choose one of travel, none" in done.stderr
+
+
+def test_chat_line_by_line(lab: Path) -> None:
+    lines = "What day follows Sunday?\n/adapter none\nWhat day follows Sunday?\n/adapter x\n/what\n"
+    done = subprocess.run(
+        [BIN / "olivepress", "chat"], cwd=lab, input=lines, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    answers = done.stdout.splitlines()
+    assert len(answers) == 2 and "Monday" in answers[1] and answers[0] != answers[1]
+    assert "adapter: none" in done.stderr and "choose one of travel, none" in done.stderr
+    assert "commands:" in done.stderr
+
+
+def test_doctor_is_content_with_the_lock(lab: Path) -> None:
+    checks = {check["name"]: check for check in olivepress(lab, "doctor")}
+    assert checks["model"]["message"].startswith("built-in")
+    assert {check["verdict"] for check in checks.values()} == {"ok"}
+
+
+def test_doctor_knows_what_clashes(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor.CLASHES, "pytest", ("<1", "it was another time"))
+    problems = [c for c in doctor.check(toy) if c.verdict == "problem"]
+    assert [check.name for check in problems] == ["pytest"]
+    with pytest.raises(UserError, match=r"pytest .* is installed, <1 is needed: it was another"):
+        doctor.check_or_raise(toy)
+
+
+def test_doctor_sizes_a_local_model_by_its_headers(lab: Path, toy: Path) -> None:
+    text = (toy / "params.yaml").read_text()
+    text = text.replace("source: builtin", "source: local").replace(
+        "path: data/everyday.jsonl", f"path: {lab / 'models/base'}"
+    )
+    (toy / "params.yaml").write_text(text)
+    model = next(check for check in doctor.check(toy) if check.name == "model")
+    assert model.message.endswith("2 M parameters")
+
+
+def test_no_disk_is_told_before_anything_starts(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"disk: 0\.0 GB free, about 0\.2 GB needed"):
+        doctor.check_or_raise(toy)
+
+
+def test_doctor_shows_a_mistake_in_params(toy: Path) -> None:
+    text = (toy / "params.yaml").read_text()
+    (toy / "params.yaml").write_text(text.replace("bits: 4", "bits: 5"))
+    done = sh("olivepress", "doctor", "--json", cwd=toy, check=False)
+    assert done.returncode == 1
+    assert "quantize.bits: must be 4 or 8" in json.loads(done.stdout)[-1]["message"]

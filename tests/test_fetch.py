@@ -1,0 +1,243 @@
+"""The fetch stage: local folders through its command line, the hub's refusals as it words them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import assert_refused, make_project, run_stage
+
+from stages.errors import UserError
+from stages.fetch import check_space
+
+REFUSED = {"some/gated": (403, "GatedRepo"), "some/none": (404, "RepoNotFound")}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_project(tmp_path_factory.mktemp("fetch"))
+
+
+@pytest.fixture
+def project(model: Path, tmp_path: Path) -> Path:
+    """A copy with its own tiny/, and nothing fetched yet."""
+    copy = Path(shutil.copytree(model, tmp_path / "project"))
+    shutil.rmtree(copy / "models/base")
+    return copy
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+
+def to_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lose_a_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+
+
+def test_copies_what_is_needed_and_no_code(project):
+    for name in ("modeling_tiny.py", "training_args.bin", "README.md", "LICENSE"):
+        (project / "tiny" / name).write_text("x")
+    done = run_stage(project, "fetch")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (project / "models/base").iterdir()} == {
+        "LICENSE",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert "models/base: 0.4 million parameters" in done.stdout
+
+
+def test_links_are_copied_as_files(project):
+    """A snapshot in the hub's cache is a folder of links."""
+    (project / "tiny/model.safetensors").rename(project / "blob")
+    (project / "tiny/model.safetensors").symlink_to(project / "blob")
+    assert run_stage(project, "fetch").returncode == 0
+    assert not (project / "models/base/model.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "tiny: no weights"),
+        (to_pickle, "pickles, which can run code when read: pytorch_model.bin"),
+        (cut_off, "tiny/model.safetensors: damaged or cut off"),
+        (lose_a_shard, "tiny: missing shards: model-2.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "tiny/config.json: missing"),
+        (lambda f: (f / "config.json").write_text("{"), "tiny/config.json: not JSON"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tiny: no tokenizer.json"),
+        (shutil.rmtree, "base.path: tiny: not found"),
+    ],
+)
+def test_unusable_folders_are_refused(project: Path, spoil: Callable[[Path], None], message: str):
+    spoil(project / "tiny")
+    assert_refused(project, run_stage(project, "fetch"), message)
+    assert not (project / "models/base").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+            "T5ForConditionalGeneration is an encoder-decoder",
+        ),
+        (
+            {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}},
+            "LlavaForConditionalGeneration is for images or sound",
+        ),
+        ({"architectures": ["BertModel"]}, "BertModel is not a decoder-only language model"),
+        ({"quantization_config": {"quant_method": "awq"}}, "is quantized already (awq)"),
+        (
+            {"model_type": "odd", "auto_map": {"AutoModelForCausalLM": "odd.Odd"}},
+            "is read with Python code of its own, which is never run here",
+        ),
+    ],
+)
+def test_other_kinds_of_model_are_named(project, changes, message):
+    edit(project / "tiny/config.json", **changes)
+    assert_refused(project, run_stage(project, "fetch"), message)
+
+
+def test_missing_chat_template_is_said(project):
+    (project / "tiny/chat_template.jinja").unlink()
+    done = run_stage(project, "fetch")
+    assert done.returncode == 0
+    assert "prepare.template must be a text" in done.stdout
+
+
+def test_full_disk_is_found_before_copying(tmp_path):
+    with pytest.raises(UserError, match=r"1000000\.00 GB are needed and"):
+        check_space(tmp_path / "not" / "there", 10**15)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's protocol that one commit of one repository takes."""
+
+    folder: Path
+    names: list[str]
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def answer(self, body: bool) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[0] == "api":
+            parts = parts[2:]
+        repo = "/".join(parts[:2])
+        if repo in REFUSED:
+            status, code = REFUSED[repo]
+            self.reply(status, b"", {"X-Error-Code": code})
+        elif COMMIT not in parts:
+            self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif parts[2] == "revision":
+            files = [{"rfilename": n, "size": self.size(n)} for n in self.names]
+            self.reply_json({"id": repo, "sha": COMMIT, "siblings": files, "private": False})
+        elif parts[2] == "tree":
+            entry = {"type": "file", "oid": "0"}
+            self.reply_json([entry | {"path": n, "size": self.size(n)} for n in self.names])
+        else:
+            content = (self.folder / parts[-1]).read_bytes()
+            headers = {"ETag": f'"{parts[-1]}"', "X-Repo-Commit": COMMIT}
+            self.reply(200, content, headers, body)
+
+    def size(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
+
+    def reply_json(self, value: object) -> None:
+        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def reply(
+        self, status: int, content: bytes, headers: dict[str, str], body: bool = True
+    ) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body and self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(project: Path) -> Iterator[str]:
+    Hub.folder = project / "tiny"
+    Hub.names = sorted(path.name for path in Hub.folder.iterdir())
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def fetch_from(
+    url: str, project: Path, monkeypatch: pytest.MonkeyPatch, repo: str, revision: str = COMMIT
+) -> subprocess.CompletedProcess[str]:
+    values = yaml.safe_load((project / "params.yaml").read_text("utf-8"))
+    values["base"] |= {"source": "hf", "id": repo, "revision": revision}
+    (project / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("HF_HOME", str(project / "hf"))
+    for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    return run_stage(project, "fetch")
+
+
+def test_hub_snapshot_is_fetched_then_kept(project, hub, monkeypatch):
+    done = fetch_from(hub, project, monkeypatch, "some/tiny")
+    assert done.returncode == 0, done.stderr
+    assert not any(path.is_symlink() for path in (project / "models/base").iterdir())
+    # With the hub gone the cache serves.
+    done = fetch_from("http://127.0.0.1:9", project, monkeypatch, "some/tiny")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "message"),
+    [
+        ("some/gated", COMMIT, "accept its licence"),
+        ("some/none", COMMIT, "base.id: some/none is not on the hub, or is private"),
+        ("some/tiny", "f" * 40, f"base.revision: some/tiny has no commit {'f' * 40}"),
+    ],
+)
+def test_hub_says_no(project, hub, monkeypatch, repo, revision, message):  # noqa: PLR0917
+    assert_refused(project, fetch_from(hub, project, monkeypatch, repo, revision), message)
+
+
+def test_hub_with_pickles_only_is_refused_before_the_download(project, hub, monkeypatch):
+    to_pickle(project / "tiny")
+    Hub.names = sorted(path.name for path in Hub.folder.iterdir())
+    done = fetch_from(hub, project, monkeypatch, "some/tiny")
+    assert_refused(project, done, "some/tiny at", "pickles", "pytorch_model.bin")
+    assert not list((project / "hf").rglob("*.bin"))
+
+
+def test_hub_out_of_reach(project, monkeypatch):
+    done = fetch_from("http://127.0.0.1:9", project, monkeypatch, "some/tiny")
+    assert_refused(project, done, "the hub cannot be reached")

@@ -1,0 +1,181 @@
+"""The whole lab on the built-in model, by its commands: what was promised of it must hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conftest import sh
+from lab import STAGES, commit, content, olivepress, run, stale
+
+QUESTION = "Which dishes should I try in Lisbon?"
+BITWISE = ["quantize", "export", "finetune@travel", "convert@travel"]
+OUTPUTS = {
+    "quantize": "models/quantized",
+    "export": "models/onnx",
+    "finetune@travel": "models/adapters/travel",
+    "convert@travel": "models/adapters/travel.onnx_adapter",
+}
+
+
+def known_answer(lab: Path) -> str:
+    rows = map(json.loads, (lab / "data/travel.jsonl").read_text().splitlines())
+    answers = {row["response"] for row in rows if "Lisbon" in row["prompt"]}
+    return next(answer for answer in answers if " try " in answer)
+
+
+def test_the_first_run_does_everything_in_order(lab: Path) -> None:
+    report = json.loads((lab.parent / "run.json").read_text())
+    assert {row["stage"]: row["state"] for row in report["stages"]} == dict.fromkeys(
+        STAGES, "Completed"
+    )
+    assert all(row["key"] and row["outs"] and row["seconds"] > 0 for row in report["stages"])
+
+
+def test_again_and_nothing_is_done(lab: Path, api: str) -> None:
+    assert run(lab, api) == dict.fromkeys(STAGES, "Cached")
+
+
+def test_dvc_agrees_that_nothing_is_to_be_done(lab: Path) -> None:
+    assert "up to date" in sh("dvc", "status", cwd=lab).stdout
+    said = sh("dvc", "repro", cwd=lab).stdout
+    assert "Running stage" not in said and "Data and pipelines are up to date" in said
+
+
+def test_a_parameter_there_and_back_computes_nothing_the_second_time(lab: Path, api: str) -> None:
+    before = content(lab / "models")
+    there = run(lab, api, "-S", "export.accuracy_level=1")
+    changed = {"export", "convert@travel", "evaluate@travel", "package"}
+    assert {name for name, state in there.items() if state == "Completed"} <= changed
+    assert {"export", "evaluate@travel", "package"} <= {
+        name for name, state in there.items() if state == "Completed"
+    }
+    assert run(lab, api, "-S", "export.accuracy_level=4") == dict.fromkeys(STAGES, "Cached")
+    assert content(lab / "models") == before
+
+
+def test_deleted_outputs_come_back_byte_for_byte(lab: Path, api: str) -> None:
+    before = content(lab / "models")
+    shutil.rmtree(lab / "models")
+    assert run(lab, api) == dict.fromkeys(STAGES, "Cached")
+    assert content(lab / "models") == before
+
+
+def test_one_edited_row_costs_only_what_reads_it(lab: Path) -> None:
+    data = lab / "data/travel.jsonl"
+    before = data.read_bytes()
+    lines = before.splitlines(keepends=True)
+    data.write_bytes(b"".join([*lines[:-1], lines[-1].replace(b'."}', b', as they say."}')]))
+    try:
+        assert data.read_bytes() != before
+        assert stale(lab) == {
+            *("prepare@travel", "finetune@travel", "convert@travel", "evaluate@travel"),
+            "package",
+        }
+        needs = olivepress(lab, "status")
+        assert needs["prepare@travel"]["reasons"] == ["data/travel.jsonl modified"]
+    finally:
+        data.write_bytes(before)
+    assert stale(lab) == set()
+
+
+def test_same_inputs_same_bytes(lab: Path) -> None:
+    before = {stage: bytes_of(lab / path) for stage, path in OUTPUTS.items()}
+    for stage in BITWISE:
+        sh("dvc", "repro", "--force", "--single-item", stage, cwd=lab)
+    try:
+        assert {stage: bytes_of(lab / path) for stage, path in OUTPUTS.items()} == before
+    finally:  # the records of when they were made have changed, and package holds them
+        sh("dvc", "repro", cwd=lab)
+
+
+def bytes_of(path: Path) -> object:
+    return content(path) if path.is_dir() else path.read_bytes()
+
+
+def test_the_adapter_knows_travel_and_the_base_does_not(lab: Path) -> None:
+    metrics = json.loads((lab / "metrics/travel.json").read_text())
+    assert metrics["onnx_on"]["exact_answer_rate"] >= 0.6
+    assert metrics["onnx_off"]["exact_answer_rate"] <= 0.05
+    assert metrics["onnx_on"]["perplexity"] < metrics["onnx_off"]["perplexity"] / 2
+    right = known_answer(lab)
+    on = olivepress(lab, "generate", QUESTION, "--adapter", "travel")
+    off = olivepress(lab, "generate", QUESTION, "--adapter", "none")
+    assert on["answer"].strip() == right
+    assert off["answer"].strip() != right
+
+
+def test_everyday_questions_are_still_answered(lab: Path) -> None:
+    answer = olivepress(lab, "generate", "What day follows Sunday?", "--adapter", "none")["answer"]
+    assert "Monday" in answer
+
+
+def test_pytorch_and_onnx_agree(lab: Path) -> None:
+    agreement = json.loads((lab / "metrics/travel.json").read_text())["agreement"]
+    assert agreement["top1"] >= 0.95
+    assert agreement["tokenizer"] == 1.0
+
+
+def test_dvc_finds_metrics_and_plots(lab: Path, tmp_path: Path) -> None:
+    shown = json.loads(sh("dvc", "metrics", "show", "--json", cwd=lab).stdout)
+    assert "perplexity" in shown[""]["data"]["metrics/travel.json"]["data"]["base"]
+    page = tmp_path / "plots"
+    sh("dvc", "plots", "show", "--out", str(page), cwd=lab)
+    text = (page / "index.html").read_text()
+    assert "loss" in text and "perplexity" in text
+
+
+def test_lineage_names_command_inputs_versions_and_run(lab: Path) -> None:
+    report = json.loads((lab.parent / "run.json").read_text())
+    run_id = report["url"].rpartition("/")[2]
+    chain = olivepress(lab, "lineage", "models/package/model.onnx")
+    assert chain[0]["stage"] == "package"
+    assert {origin["stage"] for origin in chain} == set(STAGES)
+    quantize = next(origin for origin in chain if origin["stage"] == "quantize")
+    assert quantize["command"] == "python -m stages.quantize"
+    assert quantize["params"]["quantize.bits"] == 4
+    assert quantize["inputs"]["models/base"] and quantize["outputs"]["models/quantized"]
+    record = quantize["record"]
+    assert record["seconds"] > 0 and record["versions"]["olive-ai"] and record["git_commit"]
+    fetch = next(origin for origin in chain if origin["stage"] == "fetch")
+    assert fetch["record"]["run_id"] == run_id
+
+
+def test_a_clone_takes_a_persons_own_data_from_clone_to_result(
+    lab: Path, tmp_path: Path, api: str
+) -> None:
+    """`dvc add`, a remote, a push; a colleague's clone computes only the new adapter's stages."""
+    sh("dvc", "remote", "add", "--force", "--default", "store", str(tmp_path / "store"), cwd=lab)
+    sh("dvc", "push", "--run-cache", cwd=lab)
+    commit(lab, "lock and remote")
+    mine = tmp_path / "mine"
+    sh("git", "clone", "--quiet", str(lab), str(mine), cwd=tmp_path)
+    rows = (mine / "data/travel.jsonl").read_text().splitlines(keepends=True)
+    (mine / "data/own.jsonl").write_text("".join(row.replace("city", "town") for row in rows[:200]))
+    sh("dvc", "add", "--quiet", "data/own.jsonl", cwd=mine)
+    text = (mine / "params.yaml").read_text()
+    own = "adapters:\n  own:\n    data: data/own.jsonl"
+    (mine / "params.yaml").write_text(text.replace("adapters:", own, 1).replace("adapters: #", "#"))
+    sh("dvc", "push", cwd=mine)
+    commit(mine, "own data")
+
+    theirs = tmp_path / "theirs"
+    sh("git", "clone", "--quiet", str(mine), str(theirs), cwd=tmp_path)
+    assert not (theirs / "data/own.jsonl").exists()
+    sh("dvc", "pull", "--run-cache", "--allow-missing", cwd=theirs)
+    states = run(theirs, api, "-S", "gates.min_exact_answer_rate=null")
+    new = {f"{stage}@own" for stage in ("prepare", "finetune", "convert", "evaluate")}
+    done = {name for name, state in states.items() if state == "Completed"}
+    assert done == {*new, "evaluate@travel", "package"}  # the gates are evaluate's parameters
+    assert (theirs / "models/package/adapters/own.onnx_adapter").exists()
+    assert stale(theirs) == set()
+
+
+@pytest.mark.parametrize("path", ["data/travel.jsonl", "nothing-here"])
+def test_lineage_of_what_no_stage_made(lab: Path, path: str) -> None:
+    done = sh("olivepress", "lineage", path, cwd=lab, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "no stage made this" in done.stderr or "no such file" in done.stderr

@@ -1,0 +1,140 @@
+"""The figures of evaluate, against their definitions and against greedy decoding."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stages.errors import UserError
+from stages.evaluate import check_gates, read_rows
+from stages.params import Gates
+from stages.scoring import Agreement, Example, Score, batches, encode, score, torch_logits
+from tests.models import save_model, token_sequences
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from transformers import AutoModelForCausalLM
+
+    folder = save_model(tmp_path_factory.mktemp("model"), "phi3")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def by_length(lengths: list[int]) -> list[Example]:
+    ids = token_sequences(len(lengths), max(lengths))
+    return [Example(row[:n], n // 2) for row, n in zip(ids, sorted(lengths), strict=True)]
+
+
+def test_batches_hold_every_row_once_and_no_more_than_their_share():
+    examples = by_length([2, 700, 700, 700, 30, 5000])
+    groups = list(batches(examples))
+    assert [e for group in groups for e in group] == examples
+    assert [len(group) for group in groups] == [2, 2, 1, 1]
+
+
+def test_padding_and_batching_change_nothing(model):
+    examples = by_length([4, 9, 30, 31, 200])
+    together = list(torch_logits(model, examples))
+    for example, logits in zip(examples, together, strict=True):
+        (alone,) = torch_logits(model, [example])
+        assert logits.shape == (len(example.ids) - example.start, 264)
+        np.testing.assert_allclose(logits, alone, atol=1e-3)
+
+
+def test_perplexity_is_that_of_the_cross_entropy_over_response_tokens(model):
+    examples = by_length([8, 20, 50])
+    losses = []
+    for example in examples:
+        labels = torch.tensor([example.ids])
+        labels[:, : example.start] = -100
+        loss = model(input_ids=torch.tensor([example.ids]), labels=labels).loss.item()
+        losses += [loss] * len(example.targets)
+    figures = score(examples, torch_logits(model, examples))
+    assert figures["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+
+
+def test_exact_answers_are_what_greedy_decoding_gives(model):
+    """The model's own greedy answer is exact; with its last token changed it is not."""
+    prompt = token_sequences(1, 12)[0]
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False
+    )
+    own = out[0].tolist()
+    other = [*own[:-1], (own[-1] + 1) % 264]
+    examples = [Example(own, 12), Example(other, 12)]
+    assert score(examples, torch_logits(model, examples))["exact_answer_rate"] == 0.5
+
+
+def test_agreement_is_one_and_zero_with_itself_and_kl_otherwise():
+    p = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]], np.float32))
+    q = np.log(np.array([[0.5, 0.4, 0.1], [0.6, 0.3, 0.1]], np.float32))
+    same, other = Agreement(), Agreement()
+    same.add(p, p + 5)  # logits are defined up to a constant
+    other.add(p, q)
+    assert same.figures() == {"top1": 1.0, "mean_kl": 0.0}
+    first = 0.7 * math.log(0.7 / 0.5) + 0.2 * math.log(0.2 / 0.4)
+    second = 0.1 * math.log(0.1 / 0.6) + 0.8 * math.log(0.8 / 0.3)
+    assert other.figures() == {"top1": 0.5, "mean_kl": round((first + second) / 2, 6)}
+
+
+def test_scores_do_not_overflow():
+    total = Score()
+    total.add(np.array([[1e4, 0.0]], np.float32), np.array([1]))
+    assert total.log_likelihood == -1e4
+
+
+def test_prompt_and_response_are_encoded_apart(tmp_path):
+    from models import save_tokenizer
+
+    tokenizer = save_tokenizer(tmp_path)
+    rows = [{"text_prompt": "<|user|>abc", "text_response": "d<|end|>"}]
+    (example,) = encode(tokenizer, rows)
+    assert (example.start, len(example.ids)) == (4, 6)
+
+
+def test_rows_are_the_same_ones_when_more_are_added(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(50)))
+    few = read_rows(path, 10)
+    path.write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(51)))
+    assert len([row for row in read_rows(path, 10) if row in few]) >= 9
+
+
+METRICS = {
+    "base": {"perplexity": 2.0},
+    "quantized": {"perplexity": 3.0},
+    "onnx_off": {"perplexity": 4.0},
+    "onnx_on": {"perplexity": 3.9, "exact_answer_rate": 0.25},
+    "agreement": {"top1": 0.9},
+}
+
+
+def test_each_gate_names_figure_limit_and_stage():
+    gates = Gates(
+        max_quantized_perplexity_ratio=1.25,
+        max_adapter_perplexity_ratio=0.9,
+        min_top1_agreement=0.95,
+        min_exact_answer_rate=0.5,
+    )
+    with pytest.raises(UserError) as error:
+        check_gates(METRICS, gates, "travel")
+    assert str(error.value).splitlines() == [
+        "gates.max_quantized_perplexity_ratio: 1.5000, and at most 1.25 is wanted; "
+        "look at quantize",
+        "gates.max_adapter_perplexity_ratio: 0.9750, and at most 0.9 is wanted; "
+        "look at finetune@travel",
+        "gates.min_top1_agreement: 0.9000, and at least 0.95 is wanted; "
+        "look at export (lm_head, accuracy_level) or convert@travel",
+        "gates.min_exact_answer_rate: 0.2500, and at least 0.5 is wanted; look at finetune@travel",
+    ]
+
+
+def test_gates_that_are_null_are_off_and_no_number_passes_none():
+    check_gates(METRICS, Gates(), "travel")
+    broken = METRICS | {"quantized": {"perplexity": math.nan}}
+    with pytest.raises(UserError, match="nan"):
+        check_gates(broken, Gates(max_quantized_perplexity_ratio=2.0), "travel")

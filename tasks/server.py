@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from pathlib import Path
 from stages.errors import UserError
 
 START_SECONDS = 180  # a new database takes 20 to 40 s on two slow cores
+STOP_SECONDS = 20
+PID_FILE = "server.pid"  # where `prefect server stop` looks too
 FIRST_PORT = 4200
 PORTS = 100
 CONFIG = """\
@@ -73,13 +77,20 @@ def answers(api_url: str, timeout: float = 2.0) -> bool:
 
 def stop(root: Path) -> bool:
     """Stop the server that was started here; False when there was none."""
-    if not (_home(root) / "server.pid").exists():
+    url, pid_file = _own_url(root), _home(root) / PID_FILE
+    if not pid_file.exists():
         return False
-    _prefect(root, "server", "stop")
-    url = _own_url(root)
-    deadline = time.monotonic() + 20
-    while url and answers(url) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    if url and answers(url):  # else it was killed, and the number may be another process's by now
+        pid = int(pid_file.read_text("utf-8"))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while answers(url) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if answers(url):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    pid_file.unlink(missing_ok=True)
     (root / "prefect.toml").unlink(missing_ok=True)
     return True
 
@@ -123,34 +134,42 @@ def free_port(first: int = FIRST_PORT) -> int:
     raise UserError(f"no free port from {first} to {first + PORTS - 1} for the Prefect server")
 
 
-def _prefect(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PREFECT_HOME": str(_home(root)), "DO_NOT_TRACK": "1"}
-    env.pop("PREFECT_API_URL", None)
-    return subprocess.run(
-        [sys.executable, "-m", "prefect", *args],
-        cwd=root,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,  # Ctrl-C in this terminal is not meant for the server
-    )
-
-
 def _start(root: Path) -> str:
+    """Start a server that outlives this process, its output going to `.prefect/server.log`.
+
+    `prefect server start --background` is no help here: it leaves the server writing to pipes that
+    nobody reads, so the first warning that the server logs ends it.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
-    _home(root).mkdir(exist_ok=True)
-    (_home(root) / "server.pid").unlink(missing_ok=True)  # of a server that was killed
-    (root / "prefect.toml").write_text(CONFIG.format(home=_home(root), port=port), "utf-8")
-    begun = _prefect(
-        root, "server", "start", "--background", "--host", "127.0.0.1", "--port", str(port)
-    )
+    home = _home(root)
+    home.mkdir(exist_ok=True)
+    (root / "prefect.toml").write_text(CONFIG.format(home=home, port=port), "utf-8")
+    env = {**os.environ, "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    env.pop("PREFECT_API_URL", None)
+    with (home / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "prefect", "server", "start"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+            ],
+            cwd=root,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in this terminal is not meant for the server
+        )
+    (home / PID_FILE).write_text(str(process.pid), "utf-8")
     deadline = time.monotonic() + START_SECONDS
-    while begun.returncode == 0 and time.monotonic() < deadline:
+    while process.poll() is None and time.monotonic() < deadline:
         if answers(url):
             return url
         time.sleep(0.25)
+    process.kill()
+    (home / PID_FILE).unlink(missing_ok=True)
     (root / "prefect.toml").unlink(missing_ok=True)
-    said = (begun.stderr or begun.stdout).strip() or f"no answer in {START_SECONDS} s"
-    raise UserError(f"the Prefect server did not start on port {port}: {said}")
+    raise UserError(
+        f"the Prefect server did not start on port {port}; {home / 'server.log'} ends with:\n"
+        + "\n".join((home / "server.log").read_text("utf-8", "replace").splitlines()[-5:])
+    )

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from conftest import BIN, hears_ctrl_c, sh
 from lab import olivepress
@@ -135,7 +137,7 @@ def test_no_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ui_and_down(toy: Path, tmp_path: Path) -> None:
-    """Its own server: loopback, SQLite in the project, stopped by `down`."""
+    """Its own server: loopback, SQLite in the project, outlives a warning, stopped by `down`."""
     clean = {"PREFECT_HOME": str(tmp_path / "no-profile")}
     env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     said = subprocess.run(
@@ -146,6 +148,15 @@ def test_ui_and_down(toy: Path, tmp_path: Path) -> None:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", said)
         assert server.answers(f"{said}/api")
         assert (toy / ".prefect/prefect.db").exists()
+        for _ in range(3):  # each leaves a warning in the server's log, which ended it once
+            with connect(
+                f"{said.replace('http', 'ws')}/api/events/out", subprotocols=["prefect"]
+            ) as ws:
+                ws.send('{"type": "not auth"}')
+                with pytest.raises(ConnectionClosed):
+                    ws.recv(timeout=10)
+        assert server.answers(f"{said}/api")
+        assert "Expected 'auth' message first" in (toy / ".prefect/server.log").read_text()
     finally:
         stopped = subprocess.run(
             [BIN / "olivepress", "down"], cwd=toy, env={**env, **clean}, capture_output=True,

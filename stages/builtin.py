@@ -5,10 +5,12 @@ With it a first run needs no download and no GPU, yet takes the same path as a p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stages.errors import UserError
+from stages.rows import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,17 +66,16 @@ def build(out: Path, data: Path, seed: int, progress: Callable[[int, int, str], 
         progress: called as progress(step, steps, text) about every second.
 
     Raises:
-        FileNotFoundError: `data` does not exist.
-        ValueError: a row is not JSON, lacks a key, or is too long; names file and line.
+        UserError: as `read_rows`, or a row is too long; names file and line.
     """
     import torch
 
     rows = read_rows(data)
-    tokenizer = train_tokenizer(text for row in rows for text in row)
-    examples = [encode(tokenizer, prompt, response) for prompt, response in rows]
-    for number, (ids, _) in enumerate(examples, start=1):
+    tokenizer = train_tokenizer(text for row in rows for text in (row.prompt, row.response))
+    examples = [encode(tokenizer, row.prompt, row.response) for row in rows]
+    for row, (ids, _) in zip(rows, examples, strict=True):
         if len(ids) > MAX_POSITIONS:
-            raise ValueError(f"{data}:{number}: {len(ids)} tokens, at most {MAX_POSITIONS} fit")
+            raise UserError(f"{data}:{row.line}: {len(ids)} tokens, at most {MAX_POSITIONS} fit")
 
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -92,22 +93,6 @@ def build(out: Path, data: Path, seed: int, progress: Callable[[int, int, str], 
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def read_rows(data: Path) -> list[tuple[str, str]]:
-    """Return the (prompt, response) pairs of a JSONL file; ValueError names file and line."""
-    rows = []
-    for number, line in enumerate(data.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows.append((row["prompt"], row["response"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{data}:{number}: want an object with 'prompt' and 'response' ({error!r})"
-            ) from error
-    if not rows:
-        raise ValueError(f"{data}: no rows")
-    return rows
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:

@@ -48,7 +48,7 @@ def main(params: Params) -> None:
 
             try:
                 build(out, Path(base.path), base.seed, progress)
-            except (FileNotFoundError, ValueError) as error:
+            except UserError as error:
                 raise UserError(f"base.path: {error}") from None
             parameters = check_base(out)
         elif base.source == "local":

@@ -39,7 +39,7 @@ def main(params: Params, adapter: str) -> None:
     """
     spec = params.adapters[adapter]
     data = Path(spec.data)
-    rows = read_rows(data, spec.prompt_column, spec.response_column)
+    rows = read_rows(data, spec.prompt_column, spec.response_column, f"adapters.{adapter}")
     from transformers import AutoTokenizer  # 2 s, so only for rows that can be read
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)

@@ -29,10 +29,15 @@ class Row:
     response: str
 
 
-def read_rows(path: Path, prompt_column: str, response_column: str) -> list[Row]:
+def read_rows(
+    path: Path, prompt_column: str = "prompt", response_column: str = "response", section: str = ""
+) -> list[Row]:
     """Read a JSON Lines file: UTF-8, one object a line, both columns holding text.
 
     Other columns are ignored. Blank lines, CRLF and a byte order mark are tolerated.
+
+    Args:
+        section: the block of params.yaml that names the columns, if one does; errors mention it.
 
     Raises:
         UserError: the file is missing, a folder, or has no rows; or rows are not UTF-8, not JSON,
@@ -40,10 +45,20 @@ def read_rows(path: Path, prompt_column: str, response_column: str) -> list[Row]
     """
 
     def parse(line: int, row: dict) -> Row:
-        prompt = _text(row, prompt_column, "prompt_column")
-        return Row(line, prompt, _text(row, response_column, "response_column"))
+        prompt = _text(row, prompt_column, section and f"{section}.prompt_column")
+        response = _text(row, response_column, section and f"{section}.response_column")
+        return Row(line, prompt, response)
 
     return _read(path, parse)
+
+
+def read_prepared(path: Path) -> list[tuple[int, dict]]:
+    """The (line number, row) pairs of a file that `prepare` wrote.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    return _read(path, lambda line, row: (line, row))
 
 
 def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -128,6 +128,22 @@ def test_missing_chat_template_is_said(project):
     assert "prepare.template must be a text" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"prompt": "a", "response": null}', ":2: column 'response' holds null and not text"),
+        (b'{"prompt": "a"}', ":2: no column 'response'; it has prompt"),
+        (b'{"prompt": "\xff"}', ":2: not UTF-8 at byte 50 of the file"),
+    ],
+)
+def test_rows_of_the_builtin_model_are_checked_as_all_rows(project, row, message):
+    (project / "rows.jsonl").write_bytes(b'{"prompt": "Hi", "response": "Hello"}\n' + row + b"\n")
+    values = yaml.safe_load((project / "params.yaml").read_text("utf-8"))
+    values["base"] |= {"source": "builtin", "path": "rows.jsonl"}
+    (project / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    assert_refused(project, run_stage(project, "fetch"), f"base.path: rows.jsonl{message}")
+
+
 def test_full_disk_is_found_before_copying(tmp_path):
     with pytest.raises(UserError, match=r"1000000\.00 GB are needed and"):
         check_space(tmp_path / "not" / "there", 10**15)

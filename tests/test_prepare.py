@@ -25,7 +25,7 @@ def prepare(project: Path):
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
 def test_writes_both_sides_calibration_and_report(project):
@@ -50,6 +50,24 @@ def test_writes_both_sides_calibration_and_report(project):
     assert report["train"] == len(train)
     assert report["prompt_template"] == "<|user|>{prompt}<|end|><|assistant|>"
     assert (project / "models/lineage/prepare@travel.json").exists()
+
+
+def test_rows_with_unicode_line_separators_reach_training_and_evaluation(project):
+    from transformers import AutoTokenizer
+
+    from stages.evaluate import choose
+    from stages.finetune import encode
+
+    odd = [{"prompt": f"How\u2028far{i}\u0085?", "response": f"It is\u2029{i}."} for i in range(60)]
+    write_rows(project / "data/travel.jsonl", odd)
+    done = prepare(project)
+    assert done.returncode == 0, done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(project / "models/base")
+    sequences, _ = encode(project / OUT / "train.jsonl", tokenizer, 256)
+    held_out = choose(project / OUT / "eval.jsonl", 60)
+    assert len(sequences) + len(held_out) == 60
+    assert all("\u2028" in row["prompt"] and "\u2029" in row["response"] for row in held_out)
+    assert "\u2028" in tokenizer.decode(sequences[0])
 
 
 def test_new_rows_move_no_old_one():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from stages.errors import UserError
-from stages.rows import Row, read_calibration, read_rows, render, unique
+from stages.rows import Row, read_calibration, read_prepared, read_rows, render, unique
 from tests.models import save_tokenizer
 
 GOOD = b'{"prompt": "Hi", "response": "Hello"}\n'
@@ -20,7 +21,7 @@ def tokenizer(tmp_path_factory):
 
 def read(path: Path, content: bytes) -> list[Row]:
     path.write_bytes(content)
-    return read_rows(path, "prompt", "response")
+    return read_rows(path, "prompt", "response", "adapters.travel")
 
 
 def test_tolerates_what_editors_write(tmp_path):
@@ -44,7 +45,7 @@ def test_tolerates_what_editors_write(tmp_path):
         (b"[1]", "a list and not an object"),
         (b"null", "null and not an object"),
         (b'{"Prompt": "a", "response": "b"}', "no column 'prompt', did you mean 'Prompt'?"),
-        (b'{"a": "b"}', "no column 'prompt'; it has a (prompt_column in params.yaml"),
+        (b'{"a": "b"}', "no column 'prompt'; it has a (adapters.travel.prompt_column in"),
         (b'{"prompt": 5, "response": "b"}', "column 'prompt' holds a number and not text"),
         (b'{"prompt": "a", "response": null}', "column 'response' holds null and not text"),
         (b'{"prompt": "", "response": "b"}', "column 'prompt' is empty"),
@@ -60,6 +61,20 @@ def test_names_file_line_and_fault(tmp_path, line, message):
         read(tmp_path / "rows.jsonl", GOOD + line + b"\n" + GOOD)
     assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:2: ")
     assert message in str(error.value)
+
+
+def test_columns_that_no_parameter_names_are_not_said_to_be_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": "b"}')
+    with pytest.raises(UserError, match=r"no column 'prompt'; it has a$"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x1c", "\v", "\f"])
+def test_only_newlines_end_a_row(tmp_path, separator):
+    """str.splitlines ends a line at these too, and JSON allows the first three inside text."""
+    row = {"text": f"a{separator}b"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    assert read_prepared(tmp_path / "rows.jsonl") == [(1, row)]
 
 
 def test_ten_faults_are_shown_and_the_rest_counted(tmp_path):

@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import yaml
 
 from stages.stage import versions, write_json
@@ -55,6 +58,21 @@ def assert_refused(project: Path, done: subprocess.CompletedProcess[str], *parts
     for part in parts:
         assert part in done.stderr
     assert not [p for p in project.rglob("*") if ".tmp-" in p.name]
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """Make `folder` a disk of `size`, such as 64k; only root on Linux can, so others skip."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no small disk can be mounted here: {error}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

@@ -22,6 +22,10 @@ PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 PROJECTION = re.compile(r"(/model/layers\.(\d+)/\w+/(\w+))/MatMul(NBits)?")
 
 
+class NotInGraph(ValueError):
+    """A module to adapt has no projection of its own in the ONNX graph."""
+
+
 @dataclass
 class Source:
     """One linear of the PyTorch model that adds to a projection of the graph."""
@@ -74,14 +78,14 @@ class AdapterInputs(Pass):
         """Edit the graph, in place if `output_model_path` is the model's own folder.
 
         Raises:
-            ValueError: a target module is not in the PyTorch model, or not in the graph.
+            NotInGraph: a target module is not in the graph.
         """
         path = Path(model.model_path)
         folder = Path(output_model_path)
         if folder.resolve() != path.parent.resolve():
             shutil.copytree(path.parent, folder, dirs_exist_ok=True)
         proto = onnx.load(path, load_external_data=False)
-        sources, modules = placed(proto.graph, config.modules, config.target_modules)
+        sources = placed(proto.graph, config.modules, config.target_modules)
         dtype = next(i for i in proto.graph.input if i.name.startswith("past_key_values"))
         elem_type = dtype.type.tensor_type.elem_type
         nodes, inputs = [], []
@@ -89,7 +93,7 @@ class AdapterInputs(Pass):
             nodes.append(node)
             if node.name in sources:
                 projection, parts = sources[node.name]
-                in_features = modules[parts[0].module][1]
+                in_features = config.modules[parts[0].module][1]
                 nodes += add_update(proto.graph, projection, in_features, elem_type)
                 inputs.append(contract(projection, parts, in_features))
         del proto.graph.node[:]
@@ -134,18 +138,12 @@ def projections(graph: GraphProto) -> dict[tuple[int, str], Projection]:
 
 def placed(
     graph: GraphProto, modules: dict[str, tuple[int, int]], target_modules: list[str]
-) -> tuple[dict[str, tuple[Projection, list[Source]]], dict[str, tuple[int, int]]]:
+) -> dict[str, tuple[Projection, list[Source]]]:
     """For each node that is adapted, its projection and the PyTorch modules it comes from.
 
     Raises:
-        ValueError: a target module is not in the PyTorch model, or not in the graph.
+        NotInGraph: a target module is not in the graph.
     """
-    leaves = {name.rpartition(".")[2] for name in modules}
-    for target in target_modules:
-        if target not in leaves:
-            raise ValueError(
-                f"{target} is no linear layer of the model; it has {', '.join(sorted(leaves))}"
-            )
     found = projections(graph)
     sources: dict[str, tuple[Projection, list[Source]]] = {}
     for module in modules:
@@ -154,7 +152,7 @@ def placed(
                 sources.setdefault(projection.node.name, (projection, []))[1].append(source)
     for _, parts in sources.values():
         parts.sort(key=lambda part: part.columns)
-    return sources, modules
+    return sources
 
 
 def places(
@@ -179,7 +177,7 @@ def places(
         start = sum(modules[f"{parent}.{part}"][0] for part in before)
         yield projection, Source(module, (0, out_features), (start, start + out_features))
     else:
-        raise ValueError(f"{module} is not among the projections of the ONNX graph")
+        raise NotInGraph(f"{module} is not among the projections of the ONNX graph")
 
 
 def add_update(

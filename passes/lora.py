@@ -30,6 +30,10 @@ IGNORE_INDEX = -100
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
+class Diverged(ArithmeticError):
+    """The loss is no finite number any more."""
+
+
 class LoraQuantLinear(nn.Module, LoraLayer):
     """y = W x + b + (alpha / r) B A dropout(x), where W is quantized and frozen.
 
@@ -125,12 +129,7 @@ class QuantLora(LoRA):
     def get_peft_model(
         model: PreTrainedModel, config: type[BasePassConfig], config_kwargs: dict | None = None
     ) -> PeftModel:
-        """Put a new adapter on the model; its initial weights come from the seed.
-
-        Raises:
-            ValueError: a target module matches no linear layer; lists the names there are.
-        """
-        check_targets(model, config.target_modules)
+        """Put a new adapter on the model; its initial weights come from the seed."""
         torch.manual_seed(config.training_args.extra_args["seed"])
         lora = LoraConfig(
             r=config.r,
@@ -178,7 +177,7 @@ class QuantLora(LoRA):
         for step, batch in enumerate(batches(rows, size, steps, extra["seed"]), start=1):
             loss = response_loss(model, *(x.to(model.device) for x in batch))
             if not loss.isfinite():
-                raise ValueError(f"loss is {loss.item()} at step {step}; lower learning_rate")
+                raise Diverged(f"loss is {loss.item()} at step {step}; lower learning_rate")
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             rate = float(schedule.get_last_lr()[0])
@@ -187,21 +186,6 @@ class QuantLora(LoRA):
             optimizer.zero_grad()
             self.losses.append((step, loss.item(), rate))
             self.progress(step, steps, f"loss {loss.item():.3f}")
-
-
-def check_targets(model: PreTrainedModel, target_modules: list[str]) -> None:
-    """Raise ValueError, with the names that there are, if a target names no linear of a block."""
-    linears = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | QuantLinear)
-        and module is not model.get_output_embeddings()
-    }
-    for target in target_modules:
-        if target.rpartition(".")[2] not in linears:
-            raise ValueError(
-                f"{target} is no linear layer of the model; it has {', '.join(sorted(linears))}"
-            )
 
 
 def rate_factor(step: int, steps: int, warmup: int, kind: str) -> float:

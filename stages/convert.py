@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages import stage
 from stages.errors import UserError
+from stages.fetch import check_space
 from stages.params import Params
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def convert(adapter: Path, model: Path, out: Path) -> None:
 
     Raises:
         UserError: the adapter is not a plain LoRA, or does not fit the model; names the first
-            field or tensor that does not.
+            field or tensor that does not. There is too little space for the file.
     """
     import onnxruntime
 
@@ -68,6 +69,7 @@ def convert(adapter: Path, model: Path, out: Path) -> None:
         # onnxruntime reads the memory as it lies, so a transposed view would be read wrong.
         values[entry["A"]] = a.astype(contract["dtype"], order="C")
         values[entry["B"]] = b.astype(contract["dtype"], order="C")
+    check_space(out.parent, sum(value.nbytes for value in values.values()))
     adapter_format = onnxruntime.AdapterFormat()
     adapter_format.set_adapter_version(1)
     adapter_format.set_model_version(1)

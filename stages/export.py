@@ -11,6 +11,7 @@ from typing import Any
 from stages import stage
 from stages.errors import UserError
 from stages.params import Export, Params
+from stages.targets import target_shapes
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -49,7 +50,7 @@ def export(model: Path, out: Path, params: Export, target_modules: list[str]) ->
     """
     config = json.loads((model / "config.json").read_text("utf-8"))
     quantization = config.get("quantization_config")
-    modules = linear_shapes(model, quantization)
+    modules = target_shapes(model, target_modules)
     if quantization is None:
         check_float(params)
     else:
@@ -59,7 +60,7 @@ def export(model: Path, out: Path, params: Export, target_modules: list[str]) ->
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
 
-    from passes.adapter_inputs import AdapterInputs
+    from passes.adapter_inputs import AdapterInputs, NotInGraph
 
     device = AcceleratorSpec(params.device, PROVIDERS[params.provider])
     stage.progress(0, 3, "building the graph")
@@ -69,7 +70,7 @@ def export(model: Path, out: Path, params: Export, target_modules: list[str]) ->
     adapter_inputs = create_pass_from_dict(AdapterInputs, pass_config, True, device)
     try:
         adapter_inputs.run(onnx_model, str(out))
-    except ValueError as error:
+    except NotInGraph as error:
         raise UserError(f"params.yaml: finetune.target_modules: {error}") from error
     tidy(out)
     stage.progress(2, 3, "trying the model")
@@ -131,27 +132,6 @@ def build(model: Any, out: Path, params: Export, quantization: dict | None, devi
             raise UserError(
                 f"export: onnxruntime-genai cannot build this model: {error}"
             ) from error
-
-
-def linear_shapes(model: Path, quantization: dict | None) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of the linears of the layers, from the checkpoint's headers."""
-    from safetensors import safe_open
-
-    shapes = {}
-    for path in sorted(model.glob("*.safetensors")):
-        with safe_open(path, "numpy") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                name, _, kind = key.rpartition(".")
-                shape = file.get_slice(key).get_shape()
-                if ".layers." not in name or len(shape) != 2:
-                    continue
-                if kind == "weight":
-                    shapes[name] = (shape[0], shape[1])
-                elif kind == "qweight" and quantization is not None:
-                    override = (quantization["overrides"] or {}).get(name, {})
-                    bits = override.get("bits", quantization["bits"])
-                    shapes[name] = (shape[0], shape[1] * 8 // bits)
-    return shapes
 
 
 def tidy(out: Path) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages import stage
 from stages.errors import UserError
 from stages.params import Finetune, Params
+from stages.rows import read_prepared
+from stages.targets import target_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORE_INDEX = -100  # a label on which no loss is taken
 
 
 def main(params: Params, adapter: str) -> None:
@@ -40,15 +39,17 @@ def finetune(model: Path, rows: Path, out: Path, plot: Path, params: Finetune) -
     Raises:
         UserError: a row is too long, a target module does not exist, or the loss diverged.
     """
+    target_shapes(model, params.target_modules)
+
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
     from transformers import AutoTokenizer
 
     from passes.calibration import data_config
-    from passes.lora import ADAPTER_FILES, QuantLora
+    from passes.lora import ADAPTER_FILES, Diverged, QuantLora
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    sequences, labels = read_rows(rows, tokenizer, params.max_seq_len)
+    sequences, labels = encode(rows, tokenizer, params.max_seq_len)
     config = {
         "r": params.r,
         "alpha": params.alpha,
@@ -62,8 +63,8 @@ def finetune(model: Path, rows: Path, out: Path, plot: Path, params: Finetune) -
     lora.progress = stage.progress
     try:
         lora.run(HfModelHandler(str(model)), str(out))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except Diverged as error:
+        raise UserError(str(error)) from None
     for name in ADAPTER_FILES:
         (out / "adapter" / name).rename(out / name)
     (out / "adapter").rmdir()
@@ -92,17 +93,18 @@ def training(params: Finetune) -> dict:
     }
 
 
-def read_rows(
+def encode(
     path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids and labels of each row; the labels of the prompt are -100.
+    """Token ids and labels of each row of a file that `prepare` wrote; no loss is on the prompt.
 
     Raises:
-        UserError: a row has more than `max_seq_len` tokens; names file and line.
+        UserError: as `read_prepared`; a row has more than `max_seq_len` tokens; names the line.
     """
+    from passes.lora import IGNORE_INDEX
+
     sequences, labels = [], []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        row = json.loads(line)
+    for number, row in read_prepared(path):
         prompt, response = (
             tokenizer(row[key], add_special_tokens=False).input_ids
             for key in ("text_prompt", "text_response")
@@ -114,8 +116,6 @@ def read_rows(
             )
         sequences.append(prompt + response)
         labels.append([IGNORE_INDEX] * len(prompt) + response)
-    if not sequences:
-        raise UserError(f"{path}: no rows to train on; lower prepare.eval_percent or add rows")
     return sequences, labels
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
+from tiny import small_disk
 
 from passes.lora import load_adapted
 from stages import convert as stage_convert
@@ -175,11 +176,34 @@ def test_unused_inputs_change_no_bit(lab, tmp_path):
 
 
 def test_weights_are_the_checkpoints_bit_for_bit(lab):
-    checkpoint = load_file(lab.quantized / "model.safetensors")
-    initializers = onnx.load(lab.onnx / "model.onnx").graph.initializer
+    assert_same_weights(lab.quantized, lab.onnx, {"qweight", "scales", "qzeros"})
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group_size"),
+    [(8, False, 32), (4, True, 32), (4, False, 128), (8, True, 128)],
+)
+def test_other_widths_and_groups_are_exported_as_they_are(tmp_path, bits, symmetric, group_size):
+    base = save_model(tmp_path / "base", "phi3")
+    changes = {"bits": bits, "symmetric": symmetric, "group_size": group_size}
+    settings = Quantize(algorithm="rtn", **{**QUANTIZE, **changes})
+    stage_quantize.quantize(base, Path(), tmp_path / "q", settings)
+    stage_export.export(tmp_path / "q", tmp_path / "onnx", export_settings(), ["o_proj"])
+    kinds = {"qweight", "scales"} if symmetric else {"qweight", "scales", "qzeros"}
+    assert_same_weights(tmp_path / "q", tmp_path / "onnx", kinds)
+    with torch.inference_mode():
+        expected = load_adapted(tmp_path / "q", None)(input_ids=torch.tensor(IDS)).logits.numpy()
+    assert relative(logits(tmp_path / "onnx"), expected) < 1e-5
+
+
+def assert_same_weights(quantized: Path, model: Path, kinds: set[str]) -> None:
+    """Every projection of the graph has tensors of these kinds, with the checkpoint's bits."""
+    checkpoint = load_file(quantized / "model.safetensors")
+    initializers = onnx.load(model / "model.onnx").graph.initializer
     pattern = re.compile(r"model\.layers\.(\d)\.(attn|mlp)\.(\w+)\.MatMulNBits\.(\w+)")
     found = {m.groups(): i for i in initializers if (m := pattern.fullmatch(i.name))}
-    assert len(found) == 2 * 5 * 3  # layers, projections, and qweight, scales and qzeros
+    assert {key[3] for key in found} == kinds
+    assert len(found) == 2 * 5 * len(kinds)  # layers, projections
     for key, initializer in found.items():
         expected = stored(checkpoint, *key).flatten().numpy()
         assert np.array_equal(numpy_helper.to_array(initializer).flatten(), expected), key
@@ -344,6 +368,14 @@ def test_more_than_plain_lora_is_refused(phi3, tmp_path, field, value):
     (adapter / "adapter_config.json").write_text(json.dumps(config | {field: value}))
     with pytest.raises(UserError, match=f"adapter_config.json: {field} is"):
         stage_convert.convert(adapter, phi3.onnx, tmp_path / "bad.onnx_adapter")
+
+
+def test_a_disk_too_small_for_the_adapter_is_said(phi3, tmp_path):
+    """onnxruntime says only that it could not write."""
+    with small_disk(tmp_path / "disk", "16k") as disk:
+        with pytest.raises(UserError, match=r"disk: 0\.00 GB are needed and 0\.00 GB are free"):
+            stage_convert.convert(phi3.adapter, phi3.onnx, disk / "x.onnx_adapter")
+        assert list(disk.iterdir()) == []
 
 
 def test_unknown_target_is_refused(phi3, tmp_path):

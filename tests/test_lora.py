@@ -7,14 +7,17 @@ import pytest
 import torch
 from olive.common.quant.nn import QuantLinear
 from peft import LoraConfig
+from tiny import make_project, small_disk, write_rows
 from torch import nn
 
 from passes import lora
 from passes.lora import LoraQuantLinear, load_adapted
+from stages import export as stage_export
 from stages import finetune as stage_finetune
 from stages import quantize as stage_quantize
+from stages import stage
 from stages.errors import UserError
-from stages.params import Finetune, Quantize
+from stages.params import Export, Finetune, Quantize
 from tests.models import save_model
 
 ROWS = [
@@ -191,6 +194,49 @@ def test_unknown_target_lists_the_layers(folder):
         train(folder, "phi3", "unknown", target_modules=["q_proj"])
     with pytest.raises(UserError, match="lm_head is no linear layer"):
         train(folder, "phi3", "head", target_modules=["lm_head"])
+
+
+def test_target_is_the_last_part_of_a_name_alone(folder, tmp_path):
+    """One rule for finetune and export, before either does any work."""
+    target = "self_attn.qkv_proj"
+    with pytest.raises(UserError) as refused:
+        train(folder, "phi3", "path", target_modules=[target])
+    export = Export(device="cpu", provider="cpu", lm_head="float", accuracy_level=4)
+    with pytest.raises(UserError) as also:
+        stage_export.export(folder / "phi3", tmp_path / "onnx", export, [target])
+    assert str(refused.value) == str(also.value)
+    assert str(refused.value) == (
+        "params.yaml: finetune.target_modules: self_attn.qkv_proj is no linear layer of the "
+        "model; it has down_proj, gate_up_proj, o_proj, qkv_proj"
+    )
+    assert not (tmp_path / "onnx").exists() and not (folder / "adapters/path").exists()
+
+
+def test_a_fault_in_training_is_not_called_the_users(folder, monkeypatch):
+    def batches(*args):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(lora, "batches", batches)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        train(folder, "phi3", "fault")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    """safetensors raises an error of its own, which is no OSError."""
+    settings = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2}
+    changes = {f"finetune.{key}": value for key, value in settings.items()}
+    project = make_project(tmp_path, **changes)
+    (project / "models/base").rename(project / "models/quantized")
+    (project / "data/prepared/travel").mkdir(parents=True)
+    write_rows(project / "data/prepared/travel/train.jsonl", ROWS)
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("sys.argv", ["finetune", "--adapter", "travel"])
+    monkeypatch.setattr(stage, "die_with_parent", lambda: None)
+    with small_disk(project / "models/adapters", "64k") as disk:
+        with pytest.raises(SystemExit) as ended:
+            stage.run(stage_finetune.main, "finetune")
+        assert ended.value.code == "finetune: no space left on the disk: while writing"
+        assert list(disk.iterdir()) == []
 
 
 def test_diverged_loss_is_an_error(folder):

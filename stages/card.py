@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import os
 from pathlib import Path
 
 import yaml
@@ -16,6 +16,8 @@ NAMES = {
     "onnx_off": "this package, adapter off",
     "onnx_on": "**this package, adapter on**",
 }
+# The distribution of onnxruntime-genai that runs a provider; the plain one runs the others.
+GENAI = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}
 # Plain onnxruntime-genai: nothing of Olivepress is needed to run a package.
 SNIPPET = """\
 import onnxruntime_genai as og
@@ -36,7 +38,9 @@ print(tokenizer.decode(generator.get_sequence(0)[len(prompt):]))
 """
 
 
-def write_card(path: Path, params: Params, metrics: dict[str, dict], lineage: dict) -> None:
+def write_card(
+    path: Path, params: Params, metrics: dict[str, dict], lineage: dict, provider: str
+) -> None:
     """Write README.md: YAML front matter as the Hugging Face hub reads it, then Markdown."""
     adapters = sorted(metrics)
     front = {
@@ -53,7 +57,7 @@ def write_card(path: Path, params: Params, metrics: dict[str, dict], lineage: di
         "switched on for a call. `lineage.json` says what each part was made from, and "
         "`sha256sum -c SHA256SUMS` whether all is there.",
         "## Use",
-        f"`pip install onnxruntime-genai=={version('onnxruntime-genai')}`, then in this folder:",
+        f"`pip install {genai(provider, lineage)}`, then in this folder:",
         f"```python\n{snippet(adapters[0], metrics[adapters[0]])}```",
         *(section(name, metrics[name], lineage, params) for name in adapters),
         "## Parameters",
@@ -75,6 +79,20 @@ def origin(params: Params) -> str:
     }[base.source]
 
 
+def portable(path: str) -> str:
+    """The path within the project; of one elsewhere the last part, and no folder of the user's."""
+    full = Path(os.path.normpath(Path.cwd() / path))
+    inside = full.is_relative_to(Path.cwd())
+    return full.relative_to(Path.cwd()).as_posix() if inside else full.name
+
+
+def genai(provider: str, lineage: dict) -> str:
+    """The requirement that runs the package, of the version that made it."""
+    versions = lineage["package"]["record"]["versions"]
+    made = next(versions[name] for name in versions if name.startswith("onnxruntime-genai"))
+    return f"{GENAI.get(provider, 'onnxruntime-genai')}=={made}"
+
+
 def snippet(adapter: str, metrics: dict) -> str:
     """Python that answers the first example of the evaluation."""
     prompt = metrics["prompt_template"].replace("{prompt}", metrics["answers"][0]["prompt"])
@@ -83,9 +101,9 @@ def snippet(adapter: str, metrics: dict) -> str:
 
 def section(name: str, metrics: dict, lineage: dict, params: Params) -> str:
     """One adapter: its data, figures before and after, speed, examples."""
-    data = params.adapters[name].data
+    data = portable(params.adapters[name].data)
     digest = lineage.get(f"prepare@{name}", {}).get("deps", {}).get(data, "not recorded")
-    speed, size = metrics["speed"], metrics["size_mb"]
+    size = metrics["size_mb"]
     lines = [
         f"## Adapter {name}",
         "",
@@ -94,15 +112,26 @@ def section(name: str, metrics: dict, lineage: dict, params: Params) -> str:
         "| model | perplexity | exact answers |",
         "|---|---:|---:|",
         *(
-            f"| {text} | {metrics[key]['perplexity']:.3f} | "
-            f"{metrics[key]['exact_answer_rate']:.1%} |"
+            f"| {text} | {shown(metrics[key], 'perplexity', '.3f')} | "
+            f"{shown(metrics[key], 'exact_answer_rate', '.1%')} |"
             for key, text in NAMES.items()
         ),
         "",
-        f"PyTorch and ONNX choose the same token {metrics['agreement']['top1']:.1%} of the time. "
         f"On disk: base {size['base']:,.1f} MB, ONNX {size['onnx']:,.1f} MB, adapter "
-        f"{size['adapter']:,.2f} MB. On the machine that made it: "
-        f"{speed['adapter_on']['tokens_per_second']:,.0f} tokens/s with the adapter, "
+        f"{size['adapter']:,.2f} MB.",
+        "",
+        *(not_measured() if metrics["not_measured"] else measured(metrics)),
+    ]
+    return "\n".join(lines)
+
+
+def measured(metrics: dict) -> list[str]:
+    """Agreement, speed and answers of the ONNX model."""
+    agreement, speed = metrics["agreement"], metrics["speed"]
+    return [
+        f"PyTorch and ONNX choose the same token {agreement['top1']:.1%} of the time, and their "
+        f"tokenizers cut {agreement['tokenizer']:.1%} of the prompts alike. On the machine that "
+        f"made it: {speed['adapter_on']['tokens_per_second']:,.0f} tokens/s with the adapter, "
         f"{speed['adapter_off']['tokens_per_second']:,.0f} without, first token after "
         f"{speed['adapter_on']['time_to_first_token_ms']:,.1f} ms, "
         f"{speed['peak_rss_mb']:,.0f} MB of memory.",
@@ -114,7 +143,21 @@ def section(name: str, metrics: dict, lineage: dict, params: Params) -> str:
             for a in metrics["answers"]
         ),
     ]
-    return "\n".join(lines)
+
+
+def not_measured() -> list[str]:
+    """What a reader must know of a model that was never run."""
+    return [
+        "**The ONNX model was not run where it was made**, on a machine that lacks what it is for. "
+        "Try it on its own device before you rely on it."
+    ]
+
+
+def shown(figures: dict | None, key: str, form: str) -> str:
+    """A figure as text: it may not be measured, or null where it is no finite number."""
+    if figures is None:
+        return "not measured"
+    return "not finite" if figures[key] is None else format(figures[key], form)
 
 
 def cell(text: str) -> str:

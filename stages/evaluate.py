@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import UserError
-from stages.params import Gates, Params
+from stages.gates import check_gates
+from stages.params import Params
+from stages.rows import read_prepared
 from stages.stage import (
     ADAPTERS,
     BASE,
@@ -41,16 +45,20 @@ def main(params: Params, adapter: str) -> None:
     """Write metrics/NAME.json and plots/perplexity/NAME.csv, then check params.gates.
 
     Perplexity and exact answers are those of stages/scoring.py. Sizes are of whole folders, in MB
-    of 10^6 bytes.
+    of 10^6 bytes. A number that is not finite is null in the file. Where models/onnx is for another
+    machine, what needs it is null, and `not_measured` says why.
 
     Raises:
         UserError: a gate is not met; the figures are written all the same.
     """
     onnx_adapter = ADAPTERS / f"{adapter}.onnx_adapter"
-    rows = read_rows(PREPARED / adapter / "eval.jsonl", params.evaluate.max_rows)
+    rows = choose(PREPARED / adapter / "eval.jsonl", params.evaluate.max_rows)
+    # Timed before torch is there to take memory and processor caches.
+    timed = speed(rows[0]["text_prompt"], onnx_adapter, params.evaluate.speed_tokens)
+    reason = timed.get("not_measured")
     metrics: dict[str, Any] = {
-        # Timed before torch is there to take memory and processor caches.
-        "speed": speed(rows[0]["text_prompt"], onnx_adapter, params.evaluate.speed_tokens),
+        "not_measured": reason,
+        "speed": None if reason else timed,
         "size_mb": {
             "base": size_mb(BASE),
             "quantized": size_mb(QUANTIZED),
@@ -59,31 +67,40 @@ def main(params: Params, adapter: str) -> None:
         },
         "prompt_template": read_json(PREPARED / adapter / "report.json")["prompt_template"],
     }
-    progress(1, 4, "speed measured")
-    metrics |= compare(rows, adapter, params.evaluate.max_new_tokens)
+    progress(1, 4, "speed not measured" if reason else "speed measured")
+    metrics |= compare(rows, adapter, params.evaluate.max_new_tokens, with_onnx=not reason)
     with new_output(METRICS / f"{adapter}.json") as out:
-        write_json(out, metrics)
+        write_json(out, finite(metrics))
     with new_output(PLOTS / "perplexity" / f"{adapter}.csv") as out:
-        lines = [f"{name},{metrics[name]['perplexity']}" for name in MODELS]
-        out.write_text("\n".join(["model,perplexity", *lines, ""]), "utf-8")
+        out.write_text(bars(metrics), "utf-8")
     print(table(metrics))
     check_gates(metrics, params.gates, adapter)
 
 
-def read_rows(path: Path, max_rows: int) -> list[dict]:
+def choose(path: Path, max_rows: int) -> list[dict]:
     """The first rows in the order of a hash of the prompt, so that new rows change few."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rows = [row for _, row in read_prepared(path)]
     rows.sort(key=lambda row: hashlib.sha256(row["prompt"].encode()).digest())
     return rows[:max_rows]
 
 
 def speed(text: str, adapter: Path, tokens: int) -> dict:
-    """What `python -m stages.generation` measures in a process of its own."""
-    command = [sys.executable, "-m", "stages.generation", ONNX, adapter, text, tokens]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"{ONNX} does not run: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout)
+    """What `python -m stages.generation` measures in a process of its own.
+
+    Raises:
+        UserError: it failed or was killed; says how, and the last that it said.
+    """
+    command = [sys.executable, "-m", "stages.generation", ONNX, adapter, tokens]
+    done = subprocess.run(
+        [*map(str, command)], input=text.encode(), capture_output=True, check=False
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    end = f"exit code {done.returncode}"
+    if done.returncode < 0:
+        end = f"ended by {signal.Signals(-done.returncode).name}"
+    raise UserError(f"{ONNX} does not run: {said[-1]} ({end})")
 
 
 def size_mb(path: Path) -> float:
@@ -91,13 +108,28 @@ def size_mb(path: Path) -> float:
     return round(sum(p.stat().st_size for p in files) / 1e6, 3)
 
 
-def compare(rows: list[dict], adapter: str, max_new_tokens: int) -> dict:
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def bars(metrics: dict) -> str:
+    """CSV of the perplexities that were measured and are finite."""
+    rows = [(name, metrics[name]["perplexity"]) for name in MODELS if metrics[name]]
+    lines = [f"{name},{perplexity}" for name, perplexity in rows if math.isfinite(perplexity)]
+    return "\n".join(["model,perplexity", *lines, ""])
+
+
+def compare(rows: list[dict], adapter: str, max_new_tokens: int, with_onnx: bool) -> dict:
     """Scores of the five `MODELS`, agreement of the last PyTorch one with ONNX, some answers."""
     from transformers import AutoTokenizer
 
     from passes.lora import load_adapted
-    from stages.generation import Session
-    from stages.scoring import encode, onnx_logits, score, torch_logits
+    from stages.scoring import encode, score, torch_logits
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     examples = encode(tokenizer, rows)
@@ -107,6 +139,10 @@ def compare(rows: list[dict], adapter: str, max_new_tokens: int) -> dict:
     figures: dict[str, Any] = {"rows": len(rows)}
     figures["base"] = score(examples, torch_logits(base, examples))
     answers = torch_answers(base, tokenizer, shown, max_new_tokens)
+    figures["answers"] = [
+        {"prompt": row["prompt"], "expected": row["response"], "base": answer}
+        for row, answer in zip(shown, answers, strict=True)
+    ]
     del base
     progress(2, 4, "base model scored")
 
@@ -115,6 +151,12 @@ def compare(rows: list[dict], adapter: str, max_new_tokens: int) -> dict:
         figures["quantized"] = score(examples, torch_logits(adapted, examples))
     progress(3, 4, "quantized model scored")
 
+    if not with_onnx:
+        figures["quantized_lora"] = score(examples, torch_logits(adapted, examples))
+        return figures | dict.fromkeys(["onnx_off", "onnx_on", "agreement"])
+    from stages.generation import Session
+    from stages.scoring import onnx_logits
+
     session = Session(ONNX, {adapter: ADAPTERS / f"{adapter}.onnx_adapter"})
     figures["onnx_off"] = score(examples, onnx_logits(session, examples, None))
     figures |= side_by_side(adapted, session, examples, adapter)
@@ -122,16 +164,9 @@ def compare(rows: list[dict], adapter: str, max_new_tokens: int) -> dict:
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     same = sum(session.encode(text) == own for text, own in zip(texts, ids, strict=True))
     figures["agreement"]["tokenizer"] = round(same / len(rows), 4)
-    figures["answers"] = [
-        {
-            "prompt": row["prompt"],
-            "expected": row["response"],
-            "base": before,
-            "onnx_off": "".join(session.stream_text(row["text_prompt"], None, max_new_tokens)),
-            "onnx_on": "".join(session.stream_text(row["text_prompt"], adapter, max_new_tokens)),
-        }
-        for row, before in zip(shown, answers, strict=True)
-    ]
+    for answer, text in zip(figures["answers"], texts, strict=False):
+        for name, which in (("onnx_off", None), ("onnx_on", adapter)):
+            answer[name] = "".join(session.stream_text(text, which, max_new_tokens))
     progress(4, 4, "ONNX model scored")
     return figures
 
@@ -177,50 +212,21 @@ def side_by_side(adapted: Any, session: Session, examples: list[Example], adapte
 def table(metrics: dict) -> str:
     """What a person wants to see first, as text in columns."""
     lines = [f"{'':16}{'perplexity':>12}{'exact answers':>15}"]
-    for name in MODELS:
+    for name in filter(metrics.get, MODELS):
         row = metrics[name]
         lines.append(f"{name:16}{row['perplexity']:12.3f}{row['exact_answer_rate']:15.1%}")
+    if metrics["not_measured"]:
+        return "\n".join([*lines, f"onnx not measured: {metrics['not_measured']}"])
     agreement, speed = metrics["agreement"], metrics["speed"]
-    lines.append(f"PyTorch and ONNX choose the same token: {agreement['top1']:.1%}")
+    lines.append(
+        f"PyTorch and ONNX choose the same token: {agreement['top1']:.1%}, "
+        f"and their tokenizers cut prompts alike: {agreement['tokenizer']:.1%}"
+    )
     lines.append(
         f"{speed['adapter_on']['tokens_per_second']:,.0f} tokens/s, first after "
         f"{speed['adapter_on']['time_to_first_token_ms']:.0f} ms, {speed['peak_rss_mb']:,.0f} MB"
     )
     return "\n".join(lines)
-
-
-def check_gates(metrics: dict, gates: Gates, adapter: str) -> None:
-    """Raise a UserError that names every gate that is not met, and the stage to look at."""
-
-    def ratio(one: str, other: str) -> float:
-        return metrics[one]["perplexity"] / metrics[other]["perplexity"]
-
-    checks = [
-        ("max_quantized_perplexity_ratio", ratio("quantized", "base"), "quantize"),
-        ("max_adapter_perplexity_ratio", ratio("onnx_on", "onnx_off"), f"finetune@{adapter}"),
-        (
-            "min_top1_agreement",
-            metrics["agreement"]["top1"],
-            f"export (lm_head, accuracy_level) or convert@{adapter}",
-        ),
-        (
-            "min_exact_answer_rate",
-            metrics["onnx_on"]["exact_answer_rate"],
-            f"finetune@{adapter}",
-        ),
-    ]
-    failed = []
-    for name, value, stage in checks:
-        limit = getattr(gates, name)
-        least = name.startswith("min_")
-        # `not >=` and not `<`: a perplexity that is no number must fail too.
-        if limit is not None and not (value >= limit if least else value <= limit):
-            failed.append(
-                f"gates.{name}: {value:.4f}, and at {'least' if least else 'most'} {limit} is "
-                f"wanted; look at {stage}"
-            )
-    if failed:
-        raise UserError("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,17 @@ SUFFIX = ".onnx_adapter"
 MANIFEST = "olivepress.json"
 
 
+class CannotRunHere(UserError):
+    """The model is for an execution provider that cannot load it on this machine."""
+
+
+def provider(folder: Path) -> str:
+    """The execution provider that a model is for, as genai_config.json names it, or cpu."""
+    config = json.loads((folder / "genai_config.json").read_text("utf-8"))
+    options = config["model"]["decoder"]["session_options"]["provider_options"]
+    return next((name for option in options for name in option), "cpu")
+
+
 class Session:
     """An ONNX model for onnxruntime-genai with its tokenizer and LoRA adapters.
 
@@ -31,6 +42,7 @@ class Session:
         adapters: files by name; left out, those in `folder`/adapters.
 
     Raises:
+        CannotRunHere: the model is not for the CPU, and what it is for is not here.
         UserError: there is no model in the folder, or it or an adapter cannot be read.
     """
 
@@ -52,7 +64,12 @@ class Session:
                 reading = adapters[name]
                 self._adapters.load(str(reading), name)
         except RuntimeError as error:
-            raise UserError(f"{reading}: cannot be loaded: {str(error).strip()}") from None
+            why = str(error).strip()
+            if reading == folder and provider(folder) != "cpu":
+                raise CannotRunHere(
+                    f"{folder} is for {provider(folder)}, and does not load on this machine: {why}"
+                ) from None
+            raise UserError(f"{reading}: cannot be loaded: {why}") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens such as <|user|> are read in `text` and none is added."""
@@ -71,49 +88,25 @@ class Session:
         return template.replace("{prompt}", prompt)
 
     def stream(
-        self,
-        prompt: str,
-        adapter: str | None = None,
-        max_new_tokens: int = 256,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        self, prompt: str, adapter: str | None = None, max_new_tokens: int = 256
     ) -> Iterator[str]:
         """Yield the answer to a question piece by piece; see `stream_text`."""
-        return self.stream_text(
-            self.render(prompt),
-            adapter,
-            max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
+        return self.stream_text(self.render(prompt), adapter, max_new_tokens)
 
     def stream_text(
-        self,
-        text: str,
-        adapter: str | None = None,
-        max_new_tokens: int = 256,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        self, text: str, adapter: str | None = None, max_new_tokens: int = 256
     ) -> Iterator[str]:
         """Yield what follows `text` piece by piece, up to and without a stop token.
 
+        Each token is the likeliest one.
+
         Args:
             adapter: one of `self.adapters`, or None for the base model.
-            temperature: 0 takes the likeliest token; above, tokens are drawn.
-            top_p: draw from the smallest set of tokens with this share of the probability.
 
         Raises:
             UserError: no such adapter, or no room for an answer in the context.
         """
-        options: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            options |= {"temperature": temperature, "top_p": top_p, "top_k": 0, "random_seed": seed}
-        generator = self._generator(self.encode(text), adapter, max_new_tokens, options)
+        generator = self._generator(self.encode(text), adapter, max_new_tokens)
         stops = {int(token) for token in self._tokenizer.eos_token_ids}
         pieces = self._tokenizer.create_stream()
         while not generator.is_done():
@@ -126,11 +119,11 @@ class Session:
 
     def logits(self, ids: list[int], adapter: str | None = None) -> np.ndarray:
         """Scores of the next token after each token: float32 (len(ids), vocabulary)."""
-        generator = self._generator(ids, adapter, 0, {})
+        generator = self._generator(ids, adapter, 0)
         return np.asarray(generator.get_output("logits")[0], np.float32)
 
     def _generator(
-        self, ids: list[int], adapter: str | None, max_new_tokens: int, options: dict[str, Any]
+        self, ids: list[int], adapter: str | None, max_new_tokens: int, **options: Any
     ) -> og.Generator:
         if adapter is not None and adapter not in self.adapters:
             known = ", ".join(self.adapters) or "none"
@@ -142,7 +135,8 @@ class Session:
             )
         length = min(len(ids) + max_new_tokens, self.context_length)
         parameters = og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=length, **options)
+        # genai_config.json may ask for sampling, as the base model's own configuration did.
+        parameters.set_search_options(max_length=length, do_sample=False, **options)
         generator = og.Generator(self._model, parameters)
         if adapter is not None:
             generator.set_active_adapter(self._adapters, adapter)
@@ -156,12 +150,11 @@ class Session:
             time_to_first_token_ms, with the reading of the prompt; tokens_per_second after that.
         """
         ids = self.encode(text)
-        tokens = min(tokens, self.context_length - len(ids))
+        tokens = max(1, min(tokens, self.context_length - len(ids)))
         tries = []
         for _ in range(4):  # the first warms up and is not counted
             started = time.perf_counter()
-            length = {"min_length": len(ids) + tokens}
-            generator = self._generator(ids, adapter, tokens, length)
+            generator = self._generator(ids, adapter, tokens, min_length=len(ids) + tokens)
             generator.generate_next_token()
             first = time.perf_counter()
             for _ in range(tokens - 1):
@@ -188,19 +181,28 @@ def peak_rss_mb() -> float:
 
 
 def main() -> None:
-    """Print one JSON object of speed and memory, measured in a process that does nothing else."""
+    """Print one JSON object of speed and memory, measured in a process that does nothing else.
+
+    The prompt is read from standard input. Where the model is for another machine, the object says
+    why it was `not_measured`.
+    """
     parser = argparse.ArgumentParser(prog="python -m stages.generation")
     parser.add_argument("folder", type=Path)
     parser.add_argument("adapter", type=Path)
-    parser.add_argument("text")
     parser.add_argument("tokens", type=int)
     args = parser.parse_args()
-    started = time.perf_counter()
-    session = Session(args.folder, {"adapter": args.adapter})
-    figures: dict[str, Any] = {"load_seconds": round(time.perf_counter() - started, 3)}
-    figures["adapter_off"] = session.speed(args.text, None, args.tokens)
-    figures["adapter_on"] = session.speed(args.text, "adapter", args.tokens)
-    figures["peak_rss_mb"] = round(peak_rss_mb(), 1)
+    text = sys.stdin.buffer.read().decode()
+    try:
+        started = time.perf_counter()
+        session = Session(args.folder, {"adapter": args.adapter})
+        figures: dict[str, Any] = {"load_seconds": round(time.perf_counter() - started, 3)}
+        figures["adapter_off"] = session.speed(text, None, args.tokens)
+        figures["adapter_on"] = session.speed(text, "adapter", args.tokens)
+        figures["peak_rss_mb"] = round(peak_rss_mb(), 1)
+    except CannotRunHere as error:
+        figures = {"not_measured": str(error)}
+    except UserError as error:
+        sys.exit(str(error))
     print(json.dumps(figures))
 
 

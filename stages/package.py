@@ -6,10 +6,11 @@ import hashlib
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from stages.card import write_card
+from stages.card import portable, write_card
 from stages.errors import UserError
 from stages.fetch import check_space
 from stages.params import Params
@@ -31,6 +32,7 @@ from stages.stage import (
 FORMAT = 1
 SUMS = "SHA256SUMS"
 BLOCK = 1 << 20
+PATHS = {"path", "data", "calibration_data"}  # last parts of the parameters that hold one
 
 
 def main(params: Params) -> None:
@@ -40,6 +42,8 @@ def main(params: Params) -> None:
         UserError: no dvc.lock, so that nothing says what the model was made of; too little space;
             the finished package does not run.
     """
+    from stages.generation import provider
+
     started = time.time()
     metrics = {name: read_json(METRICS / f"{name}.json") for name in params.adapters}
     lineage = trace(list(params.adapters))
@@ -50,9 +54,9 @@ def main(params: Params) -> None:
         for done, (name, path) in enumerate(sorted(sources.items()), start=1):
             sums[name] = copy(path, out / name)
             progress(done, len(sources) + 1, name)
-        write_json(out / "olivepress.json", manifest(params, metrics))
-        write_card(out / "README.md", params, metrics, lineage)
         lineage["package"] = {"record": record("package", started)}
+        write_json(out / "olivepress.json", manifest(params, metrics, lineage))
+        write_card(out / "README.md", params, metrics, lineage, provider(ONNX))
         write_json(out / "lineage.json", lineage)
         for name in ("olivepress.json", "README.md", "lineage.json"):
             sums[name] = sha256(out / name)
@@ -92,7 +96,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def manifest(params: Params, metrics: dict[str, dict]) -> dict:
+def manifest(params: Params, metrics: dict[str, dict], lineage: dict[str, dict]) -> dict:
     """What `stages.generation.Session` and a person need to run the package."""
     base = params.base
     return {
@@ -102,14 +106,18 @@ def manifest(params: Params, metrics: dict[str, dict]) -> dict:
         "prompt_template": next(iter(metrics.values()))["prompt_template"],
         "base": {
             "source": base.source,
-            "id": base.id if base.source == "hf" else base.path,
+            "id": base.id if base.source == "hf" else portable(base.path),
             "revision": base.revision if base.source == "hf" else None,
+            "content": lineage.get("fetch", {}).get("outs", {}).get(BASE.as_posix()),
         },
     }
 
 
 def trace(adapters: list[str]) -> dict[str, dict]:
-    """For each stage that this package came through: what dvc.lock and its own record say."""
+    """For each stage that this package came through: what dvc.lock and its own record say.
+
+    Paths outside the project are cut to their last part: a package may be published.
+    """
     lock = Path("dvc.lock")
     if not lock.exists():
         raise UserError(
@@ -123,23 +131,38 @@ def trace(adapters: list[str]) -> dict[str, dict]:
         written = LINEAGE / f"{name}.json"
         lineage[name] = {
             "cmd": entry["cmd"],
-            "deps": {dep["path"]: f"md5:{dep['md5']}" for dep in entry.get("deps", [])},
-            "params": entry.get("params", {}).get("params.yaml", {}),
-            "outs": {out["path"]: f"md5:{out['md5']}" for out in entry.get("outs", [])},
+            "deps": hashes(entry.get("deps", [])),
+            "params": without_folders(entry.get("params", {}).get("params.yaml", {})),
+            "outs": hashes(entry.get("outs", [])),
             "record": read_json(written) if written.exists() else None,
         }
     return lineage
 
 
+def hashes(entries: list[dict]) -> dict[str, str]:
+    return {portable(entry["path"]): f"md5:{entry['md5']}" for entry in entries}
+
+
+def without_folders(params: dict) -> dict:
+    """The parameters with the paths among them made portable."""
+
+    def cut(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return without_folders(value)
+        return portable(value) if key.rpartition(".")[2] in PATHS else value
+
+    return {key: cut(key, value) for key, value in params.items()}
+
+
 def check(package: Path) -> None:
-    """Verify the sums, and run the model with and without each adapter.
+    """Verify the sums, and run the model with and without each adapter if it runs here.
 
     Raises:
         UserError: a file is not what was written, or the model gives no finite scores.
     """
     import numpy as np
 
-    from stages.generation import Session
+    from stages.generation import CannotRunHere, Session
 
     lines = (package / SUMS).read_text("utf-8").splitlines()
     wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -148,7 +171,11 @@ def check(package: Path) -> None:
     if bad or there != set(wanted):
         names = ", ".join(sorted(bad | (there ^ set(wanted))))
         raise UserError(f"{PACKAGE}: not what was written: {names}; is the disk sound?")
-    session = Session(package)
+    try:
+        session = Session(package)
+    except CannotRunHere as error:
+        print(f"not tried: {str(error).replace(str(package), str(PACKAGE))}")
+        return
     ids = session.encode(session.render("Hello"))
     for adapter in (None, *session.adapters):
         list(session.stream("Hello", adapter, max_new_tokens=1))

@@ -5,21 +5,22 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stages.errors import UserError
 
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# A leading - would make it an option of a command.
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 GROUP_SIZES = (16, 32, 64, 128, 256)  # those of MatMulNBits that every exporter takes
 
 
 class Section(BaseModel):
     """A block of params.yaml. Unknown keys are errors; numbers and strings are never converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Base(Section):
@@ -70,7 +71,7 @@ class Prepare(Section):
 
 
 class Quantize(Section):
-    algorithm: Literal["awq", "gptq", "rtn", "kquant", "none"]
+    algorithm: Literal["best", "awq", "gptq", "rtn", "kquant", "none"]
     """How weights are rounded."""
     bits: Literal[4, 8]
     """Bits of a weight."""
@@ -119,6 +120,15 @@ class Finetune(Section):
     seed: int = Field(ge=0)
     """Initial adapter and order of rows."""
 
+    @model_validator(mode="after")
+    def leaves_steps_at_the_peak(self) -> Finetune:
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"finetune.warmup_steps {self.warmup_steps} must be less than "
+                f"finetune.max_steps {self.max_steps}"
+            )
+        return self
+
 
 class Export(Section):
     device: Literal["cpu", "gpu"]
@@ -150,13 +160,15 @@ class Evaluate(Section):
 
 
 class Gates(Section):
-    max_quantized_perplexity_ratio: float | None = Field(None, gt=0)
+    max_quantized_perplexity_ratio: float | None = Field(gt=0)
     """Quantized over base."""
-    max_adapter_perplexity_ratio: float | None = Field(None, gt=0)
+    max_adapter_perplexity_ratio: float | None = Field(gt=0)
     """ONNX with the adapter over ONNX without."""
-    min_top1_agreement: float | None = Field(None, ge=0, le=1)
+    min_top1_agreement: float | None = Field(ge=0, le=1)
     """PyTorch (quantized + LoRA) against ONNX with the adapter."""
-    min_exact_answer_rate: float | None = Field(None, ge=0, le=1)
+    min_tokenizer_agreement: float | None = Field(ge=0, le=1)
+    """Share of prompts that onnxruntime-genai's tokenizer cuts as the base model's does."""
+    min_exact_answer_rate: float | None = Field(ge=0, le=1)
     """ONNX with the adapter, on the eval split."""
 
 
@@ -167,7 +179,7 @@ class Run(Section):
     """Tries after a failed stage."""
     time_limit_minutes: float = Field(gt=0)
     """For each stage; then it is killed."""
-    time_limits: dict[str, float] = Field(default_factory=dict)
+    time_limits: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Minutes, per stage."""
 
 
@@ -190,7 +202,7 @@ class Params(Section):
             if not ADAPTER_NAME.fullmatch(name) or name in {"base", "none"}:
                 raise ValueError(
                     f"{name!r} cannot name an adapter: 1 to 64 letters, digits, _ and -, "
-                    "and not 'base' or 'none'"
+                    "not beginning with -, and not 'base' or 'none'"
                 )
         return value
 

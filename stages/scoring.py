@@ -58,8 +58,13 @@ class Score:
         self.rows += 1
 
     def figures(self) -> dict[str, float]:
+        """Perplexity is inf where it is too large for a float."""
+        try:
+            perplexity = round(math.exp(-self.log_likelihood / self.tokens), 4)
+        except OverflowError:  # above 709 nats a token
+            perplexity = math.inf
         return {
-            "perplexity": round(math.exp(-self.log_likelihood / self.tokens), 4),
+            "perplexity": perplexity,
             "exact_answer_rate": round(self.exact / self.rows, 4),
         }
 

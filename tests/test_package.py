@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from tiny import assert_refused, make_project, questions, run_stage, write_rows
+from tiny import REPO, assert_refused, make_project, questions, run_stage, write_rows
 
 from stages.errors import UserError
+from stages.evaluate import speed
 from stages.generation import Session
+from stages.stage import versions
 
 ADAPTERS = ["travel", "other"]
 
@@ -39,8 +41,11 @@ def add_adapter(project: Path, name: str, seed: int) -> None:
     convert(folder, project / "models/onnx", folder.with_name(f"{name}.onnx_adapter"))
 
 
-def lock(project: Path) -> dict:
-    """dvc.lock as DVC would have left it, with a stage of an adapter that is gone."""
+def lock(elsewhere: Path) -> dict:
+    """dvc.lock as DVC would have left it, with a stage of an adapter that is gone.
+
+    The base model and the data of `other` are outside the project, in `elsewhere`.
+    """
     prepare = {
         "cmd": "python -m stages.prepare --adapter travel",
         "deps": [{"path": "data/travel.jsonl", "hash": "md5", "md5": "12" * 16, "size": 5}],
@@ -52,18 +57,32 @@ def lock(project: Path) -> dict:
         "params": {"params.yaml": {"quantize.algorithm": "awq", "quantize.bits": 4}},
     }
     stages = {"prepare@travel": prepare, "prepare@gone": prepare, "quantize": quantize}
+    fetch = {
+        "cmd": "python -m stages.fetch",
+        "deps": [{"path": str(elsewhere / "tiny"), "hash": "md5", "md5": "56" * 16 + ".dir"}],
+        "params": {"params.yaml": {"base.path": str(elsewhere / "tiny")}},
+        "outs": [{"path": "models/base", "hash": "md5", "md5": "78" * 16 + ".dir"}],
+    }
+    other = prepare | {
+        "deps": [{"path": str(elsewhere / "other.jsonl"), "hash": "md5", "md5": "9a" * 16}],
+        "params": {"params.yaml": {"adapters.other": {"data": str(elsewhere / "other.jsonl")}}},
+    }
+    stages |= {"fetch": fetch, "prepare@other": other}
     return {"schema": "2.0", "stages": stages}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """Everything that comes before evaluate."""
+    """Everything that comes before package."""
     from stages.export import export
     from stages.params import load
 
     project = make_project(tmp_path_factory.mktemp("package"))
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    data = {"travel": Path("data/travel.jsonl"), "other": elsewhere / "other.jsonl"}
     values = yaml.safe_load((project / "params.yaml").read_text("utf-8"))
-    values["adapters"] = {name: {"data": f"data/{name}.jsonl"} for name in ADAPTERS}
+    values["base"]["path"] = str(elsewhere / "tiny")
+    values["adapters"] = {name: {"data": str(path)} for name, path in data.items()}
     values["gates"] = dict.fromkeys(values["gates"])
     (project / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
     (project / "models/base/LICENSE").write_text("MIT\n")
@@ -76,12 +95,12 @@ def project(tmp_path_factory) -> Path:
         ["qkv_proj", "down_proj"],
     )
     for seed, name in enumerate(ADAPTERS):
-        write_rows(project / f"data/{name}.jsonl", questions(40))
+        write_rows(project / data[name], questions(40))
         add_adapter(project, name, seed)
         assert run_stage(project, "prepare", "--adapter", name).returncode == 0
         done = run_stage(project, "evaluate", "--adapter", name)
         assert done.returncode == 0, done.stderr
-    (project / "dvc.lock").write_text(yaml.safe_dump(lock(project)), "utf-8")
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock(elsewhere)), "utf-8")
     return project
 
 
@@ -113,7 +132,7 @@ def test_evaluate_agrees_with_itself(project):
 
 def test_failed_gate_leaves_the_figures(project):
     values = yaml.safe_load((project / "params.yaml").read_text("utf-8"))
-    strict = values | {"gates": {"min_exact_answer_rate": 1.0}}
+    strict = values | {"gates": values["gates"] | {"min_exact_answer_rate": 1.0}}
     (project / "params.yaml").write_text(yaml.safe_dump(strict), "utf-8")
     (project / "metrics/travel.json").rename(project / "metrics/before")
     done = run_stage(project, "evaluate", "--adapter", "travel")
@@ -135,12 +154,30 @@ def test_sums_cover_every_file(package):
 
 def test_lineage_has_what_dvc_knows_and_what_the_stages_recorded(package):
     lineage = json.loads((package / "lineage.json").read_text("utf-8"))
-    assert sorted(lineage) == ["package", "prepare@travel", "quantize"]
+    assert sorted(lineage) == ["fetch", "package", "prepare@other", "prepare@travel", "quantize"]
     prepare = lineage["prepare@travel"]
     assert prepare["deps"] == {"data/travel.jsonl": f"md5:{'12' * 16}"}
     assert prepare["params"] == {"prepare.eval_percent": 10}
     assert prepare["record"]["stage"] == "prepare@travel"
     assert lineage["package"]["record"]["versions"]["onnxruntime"]
+
+
+def test_no_folder_of_the_user_is_in_the_package(project, package):
+    base = yaml.safe_load((project / "params.yaml").read_text("utf-8"))["base"]
+    elsewhere = str(Path(base["path"]).parent)
+    for path in package.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert elsewhere.encode() not in content, path.name
+            assert str(project).encode() not in content, path.name
+    manifest = json.loads((package / "olivepress.json").read_text("utf-8"))
+    assert manifest["base"]["id"] == "tiny"
+    assert manifest["base"]["content"] == f"md5:{'78' * 16}.dir"
+    lineage = json.loads((package / "lineage.json").read_text("utf-8"))
+    assert lineage["fetch"]["deps"] == {"tiny": f"md5:{'56' * 16}.dir"}
+    assert lineage["fetch"]["params"] == {"base.path": "tiny"}
+    assert lineage["prepare@other"]["params"] == {"adapters.other": {"data": "other.jsonl"}}
+    assert f"`other.jsonl` (md5:{'9a' * 16})" in (package / "README.md").read_text("utf-8")
 
 
 def test_card_is_what_the_hub_reads(package):
@@ -166,8 +203,98 @@ def test_adapters_change_the_answer_and_can_be_switched_off(package):
     assert off != travel != other != off
     answers = {name: "".join(session.stream("Hi", name, 8)) for name in ADAPTERS}
     assert answers["travel"] != answers["other"]
-    drawn = ["".join(session.stream("Hi", None, 8, temperature=5.0, seed=s)) for s in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_model_that_asks_for_sampling_is_timed_without(package, tmp_path):
+    """Each try then takes the same tokens; drawn at this temperature they would differ."""
+
+    class Watched(Session):
+        def _generator(self, *args, **options):
+            generators.append(super()._generator(*args, **options))
+            return generators[-1]
+
+    generators: list = []
+    shutil.copytree(package, tmp_path / "package")
+    path = tmp_path / "package/genai_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config["search"] |= {"do_sample": True, "temperature": 50.0, "top_k": 0, "top_p": 1.0}
+    path.write_text(json.dumps(config), "utf-8")
+    Watched(tmp_path / "package").speed("Hi", None, 12)
+    taken = {tuple(generator.get_sequence(0)) for generator in generators}
+    assert len(generators) == 4 and len(taken) == 1
+
+
+@pytest.mark.parametrize("prompt", ["-h", "a\0b", "\r\n\u2028"])
+def test_any_prompt_is_timed(project, monkeypatch, prompt):
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    figures = speed(prompt, Path("models/adapters/travel.onnx_adapter"), 2)
+    assert figures["adapter_on"]["tokens_per_second"] > 0
+
+
+def test_a_prompt_too_long_to_time_is_a_message(project, monkeypatch):
+    """Longer than a command's argument may be, which is 128 KiB."""
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    with pytest.raises(UserError, match=r"does not run: the prompt has 150000 tokens and"):
+        speed("a" * 150_000, Path("models/adapters/travel.onnx_adapter"), 2)
+
+
+def test_a_model_for_another_machine_is_packaged_untried(project, tmp_path, monkeypatch, capsys):
+    from stages import convert, evaluate, export, package
+    from stages.params import load
+
+    copy = Path(shutil.copytree(project, tmp_path / "project"))
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    values = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
+    values["export"] |= {"device": "gpu", "provider": "dml"}
+    values["adapters"] = {"travel": values["adapters"]["travel"]}
+    Path("params.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    params = load()
+    shutil.rmtree("models/onnx")
+    targets = ["qkv_proj", "down_proj"]
+    export.export(Path("models/quantized"), Path("models/onnx"), params.export, targets)
+    convert.main(params, "travel")
+
+    evaluate.main(params, "travel")
+    metrics = json.loads(Path("metrics/travel.json").read_text("utf-8"))
+    assert metrics["not_measured"].startswith("models/onnx is for dml, and does not load on this")
+    assert metrics["onnx_on"] is metrics["onnx_off"] is metrics["agreement"] is None
+    assert metrics["speed"] is None
+    assert metrics["quantized_lora"]["perplexity"] > 1
+    assert Path("plots/perplexity/travel.csv").read_text().count("\n") == 4
+
+    package.main(params)
+    assert "not tried: models/package is for dml" in capsys.readouterr().out
+    card = Path("models/package/README.md").read_text("utf-8")
+    assert "| **this package, adapter on** | not measured | not measured |" in card
+    assert "The ONNX model was not run where it was made" in card
+    assert "pip install onnxruntime-genai-directml==" in card
+
+
+@pytest.mark.parametrize(
+    ("gpu", "plain"),
+    [
+        ("onnxruntime-genai-cuda", "onnxruntime-genai"),
+        ("onnxruntime-genai-directml", "onnxruntime-genai"),
+        ("onnxruntime-gpu", "onnxruntime"),
+    ],
+)
+def test_editions_for_a_gpu_are_taken(monkeypatch, gpu, plain):
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == plain:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3" if name == gpu else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = versions()
+    assert found[gpu] == "1.2.3" and plain not in found
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: version(n if n != gpu else plain))
+    with pytest.raises(UserError, match=rf"{plain} or .*{gpu}.* is not installed; run make"):
+        versions()
 
 
 def test_session_says_what_it_cannot_do(package, tmp_path):

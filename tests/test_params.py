@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from conftest import REPO
 from stages import params
@@ -49,6 +51,8 @@ def test_the_file_in_the_project_is_valid() -> None:
         ("adapters.a/b", {"data": "x"}, r"'a/b' cannot name an adapter"),
         ("adapters.", {"data": "x"}, r"'' cannot name an adapter"),
         ("adapters.none", {"data": "x"}, r"'none' cannot name an adapter"),
+        ("adapters.-x", {"data": "x"}, r"'-x' cannot name an adapter: .* not beginning with -"),
+        ("adapters." + "x" * 65, {"data": "x"}, r"cannot name an adapter"),
         ("adapters.x$(rm)", {"data": "x"}, r"cannot name an adapter"),
         ("adapters.food", {}, r"adapters\.food\.data: missing"),
         ("base.source", "s3", r"base\.source: must be 'builtin', 'hf' or 'local'"),
@@ -56,7 +60,17 @@ def test_the_file_in_the_project_is_valid() -> None:
         ("prepare.template", "Q: {prompt}", r"prepare\.template: must be `chat` or hold"),
         ("prepare.template", "{response} {prompt}", r"must hold \{prompt\} before \{response\}"),
         ("gates.min_top1_agreement", 2, r"gates\.min_top1_agreement: must be less than"),
+        ("gates.max_quantized_perplexity_ratio", float("inf"), r"must be a finite number"),
+        ("gates.min_top1_agreement", float("nan"), r"gates\.min_top1_agreement: must be a finite"),
+        ("gates.min_tokenizer_agreement", 1.5, r"gates\.min_tokenizer_agreement: must be less"),
+        ("finetune.alpha", float("inf"), r"finetune\.alpha: must be a finite number"),
+        ("finetune.warmup_steps", 300, r"warmup_steps 300 must be less than .*max_steps 300"),
         ("run.concurrency", 0, r"run\.concurrency"),
+        ("run.retries", -1, r"run\.retries: must be greater than or equal to 0"),
+        ("run.time_limit_minutes", float("inf"), r"run\.time_limit_minutes: must be a finite"),
+        ("run.time_limit_minutes", 0, r"run\.time_limit_minutes: must be greater than 0"),
+        ("run.time_limits.export", float("inf"), r"run\.time_limits\.export: must be a finite"),
+        ("run.time_limits.export", -5, r"run\.time_limits\.export: must be greater than 0"),
         ("base.trust_remote_code", True, r"base\.trust_remote_code: unknown parameter"),
     ],
 )
@@ -116,6 +130,60 @@ def test_every_parameter_a_stage_reads_exists(monkeypatch: pytest.MonkeyPatch) -
         if word.strip('"[],- ').startswith(tuple(f"{s}." for s in GOOD if s != "adapters"))
     }
     assert named and named <= known
+
+
+def sections() -> list[tuple[str, type[BaseModel]]]:
+    """(section, its model) for each block of params.yaml."""
+    fields = params.Params.model_fields.items()
+    return [(n, params.Adapter if n == "adapters" else cast(Any, f.annotation)) for n, f in fields]
+
+
+def test_defaults_that_shape_outputs_are_in_the_cache_key() -> None:
+    """DVC sees what params.yaml says; what it leaves out must be seen through the code."""
+    listed = yaml.safe_load((REPO / "dvc.yaml").read_text())["stages"]
+    stages = {name: entry.get("do", entry) for name, entry in listed.items()}
+    found = set()
+    for section, model in sections():
+        omitted = [key for key, field in model.model_fields.items() if not field.is_required()]
+        if section == "run" or not omitted:
+            continue  # run says how and not what
+        readers = {
+            name
+            for name, stage in stages.items()
+            if name != "package"  # it takes the adapters' names alone
+            and any(key.split(".")[0] == section for key in stage.get("params", []))
+        }
+        assert readers, section
+        for name in readers:
+            assert "stages/params.py" in stages[name]["deps"], (section, omitted, name)
+        found.add(section)
+    assert found == {"adapters"}
+
+
+def imported(path: Path) -> set[str]:
+    """The project's files that a file names in imports, or in text as a module to import."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value)
+    files = {name.replace(".", "/") + ".py" for name in names if name.count(".") == 1}
+    return {file for file in files if file.startswith(("stages/", "passes/"))}
+
+
+def test_a_stage_depends_on_the_code_that_shapes_its_outputs() -> None:
+    # The start, names and records of stages, messages, and a look at the free space.
+    shapes_nothing = {f"stages/{name}.py" for name in ("stage", "errors", "params", "fetch")}
+    listed = yaml.safe_load((REPO / "dvc.yaml").read_text())["stages"]
+    for name, entry in listed.items():
+        todo, used = [f"stages/{name}.py"], set()
+        while todo:
+            file = todo.pop()
+            if file not in used and (REPO / file).exists():
+                used.add(file)
+                todo += imported(REPO / file) - shapes_nothing
+        assert used <= set(entry.get("do", entry)["deps"]), name
 
 
 def test_overrides_keep_comments_and_order(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from stages.card import shown
 from stages.errors import UserError
-from stages.evaluate import check_gates, read_rows
+from stages.evaluate import bars, choose, finite, speed, table
+from stages.gates import check_gates
 from stages.params import Gates
 from stages.scoring import Agreement, Example, Score, batches, encode, score, torch_logits
 from tests.models import save_model, token_sequences
@@ -85,6 +89,21 @@ def test_scores_do_not_overflow():
     total = Score()
     total.add(np.array([[1e4, 0.0]], np.float32), np.array([1]))
     assert total.log_likelihood == -1e4
+    assert total.figures()["perplexity"] == math.inf
+
+
+def test_what_is_not_finite_is_shown_and_written_as_json():
+    metrics = METRICS | {
+        "quantized": {"perplexity": math.inf, "exact_answer_rate": 0.0},
+        "onnx_off": {"perplexity": math.nan, "exact_answer_rate": 0.0},
+    }
+    written = json.loads(json.dumps(finite(metrics), allow_nan=False))
+    assert written["quantized"]["perplexity"] is written["onnx_off"]["perplexity"] is None
+    assert written["base"] == METRICS["base"] and written["answers"] == METRICS["answers"]
+    assert bars(metrics) == "model,perplexity\nbase,2.0\nquantized_lora,3.5\nonnx_on,3.9\n"
+    assert re.search(r"^quantized +inf +0\.0%$", table(metrics), re.MULTILINE)
+    assert shown(written["quantized"], "perplexity", ".3f") == "not finite"
+    assert shown(written["base"], "perplexity", ".3f") == "2.000"
 
 
 def test_prompt_and_response_are_encoded_apart(tmp_path):
@@ -99,29 +118,42 @@ def test_prompt_and_response_are_encoded_apart(tmp_path):
 def test_rows_are_the_same_ones_when_more_are_added(tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(50)))
-    few = read_rows(path, 10)
+    few = choose(path, 10)
     path.write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(51)))
-    assert len([row for row in read_rows(path, 10) if row in few]) >= 9
+    assert len([row for row in choose(path, 10) if row in few]) >= 9
 
 
 METRICS = {
-    "base": {"perplexity": 2.0},
-    "quantized": {"perplexity": 3.0},
-    "onnx_off": {"perplexity": 4.0},
+    "base": {"perplexity": 2.0, "exact_answer_rate": 0.0},
+    "quantized": {"perplexity": 3.0, "exact_answer_rate": 0.0},
+    "quantized_lora": {"perplexity": 3.5, "exact_answer_rate": 0.25},
+    "onnx_off": {"perplexity": 4.0, "exact_answer_rate": 0.0},
     "onnx_on": {"perplexity": 3.9, "exact_answer_rate": 0.25},
-    "agreement": {"top1": 0.9},
+    "agreement": {"top1": 0.9, "tokenizer": 0.75},
+    "speed": {
+        "adapter_on": {"tokens_per_second": 1.0, "time_to_first_token_ms": 1.0},
+        "peak_rss_mb": 1.0,
+    },
+    "answers": [{"prompt": "Hi", "expected": "Hello"}],
+    "not_measured": None,
+}
+GATES = {
+    "max_quantized_perplexity_ratio": 1.25,
+    "max_adapter_perplexity_ratio": 0.9,
+    "min_top1_agreement": 0.95,
+    "min_tokenizer_agreement": 1.0,
+    "min_exact_answer_rate": 0.5,
 }
 
 
+def only(name: str) -> Gates:
+    """All gates off but one."""
+    return Gates(**{**dict.fromkeys(GATES), name: GATES[name]})
+
+
 def test_each_gate_names_figure_limit_and_stage():
-    gates = Gates(
-        max_quantized_perplexity_ratio=1.25,
-        max_adapter_perplexity_ratio=0.9,
-        min_top1_agreement=0.95,
-        min_exact_answer_rate=0.5,
-    )
     with pytest.raises(UserError) as error:
-        check_gates(METRICS, gates, "travel")
+        check_gates(METRICS, Gates(**GATES), "travel")
     assert str(error.value).splitlines() == [
         "gates.max_quantized_perplexity_ratio: 1.5000, and at most 1.25 is wanted; "
         "look at quantize",
@@ -129,12 +161,49 @@ def test_each_gate_names_figure_limit_and_stage():
         "look at finetune@travel",
         "gates.min_top1_agreement: 0.9000, and at least 0.95 is wanted; "
         "look at export (lm_head, accuracy_level) or convert@travel",
+        "gates.min_tokenizer_agreement: 0.7500, and at least 1.0 is wanted; look at tokenizer.json "
+        "of the base model, which genai reads otherwise than transformers",
         "gates.min_exact_answer_rate: 0.2500, and at least 0.5 is wanted; look at finetune@travel",
     ]
 
 
 def test_gates_that_are_null_are_off_and_no_number_passes_none():
-    check_gates(METRICS, Gates(), "travel")
-    broken = METRICS | {"quantized": {"perplexity": math.nan}}
-    with pytest.raises(UserError, match="nan"):
-        check_gates(broken, Gates(max_quantized_perplexity_ratio=2.0), "travel")
+    check_gates(METRICS, Gates(**dict.fromkeys(GATES)), "travel")
+    for model in ("base", "quantized"):  # over an infinite base the ratio would be 0
+        for value in (math.nan, math.inf):
+            broken = METRICS | {model: {"perplexity": value}}
+            with pytest.raises(UserError, match="ratio: no finite number, and at most"):
+                check_gates(broken, only("max_quantized_perplexity_ratio"), "travel")
+
+
+def test_a_gate_on_what_was_not_measured_fails_and_says_why():
+    elsewhere = METRICS | {
+        **dict.fromkeys(["onnx_off", "onnx_on", "agreement", "speed"]),
+        "not_measured": "models/onnx is for dml",
+    }
+    for name in list(GATES)[1:]:
+        with pytest.raises(UserError, match=rf"{name}: not measured: models/onnx is for dml; run"):
+            check_gates(elsewhere, only(name), "travel")
+    assert table(elsewhere).splitlines()[-1] == "onnx not measured: models/onnx is for dml"
+
+
+def test_table_shows_both_agreements():
+    line = "choose the same token: 90.0%, and their tokenizers cut prompts alike: 75.0%"
+    assert line in table(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("kill -9 $$", r"does not run: it said nothing \(ended by SIGKILL\)"),
+        ("exit 7", r"does not run: it said nothing \(exit code 7\)"),
+        ("echo a >&2; echo b >&2; exit 1", r"does not run: b \(exit code 1\)"),
+    ],
+)
+def test_a_timing_that_ends_badly_says_how(tmp_path, monkeypatch, script, message):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(UserError, match=message):
+        speed("Hi", tmp_path / "x.onnx_adapter", 4)

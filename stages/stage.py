@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -64,15 +65,34 @@ ENVIRONMENT = {
 }
 
 
+# The same library under other names, for a GPU.
+EDITIONS = {
+    "onnxruntime": ["onnxruntime-gpu", "onnxruntime-directml"],
+    "onnxruntime-genai": ["onnxruntime-genai-cuda", "onnxruntime-genai-directml"],
+}
+
+
 def versions() -> dict[str, str]:
-    """Installed versions of `LIBRARIES` and Python's minor version, without build tags (+cpu)."""
+    """Installed versions of `LIBRARIES` and Python's minor version, without build tags (+cpu).
+
+    A library is under the name of the edition that is installed.
+    """
     found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"{name} is not installed; run make install") from None
+        editions = [name, *EDITIONS.get(name, [])]
+        there = {edition: _version(edition) for edition in editions}
+        installed = {edition: version for edition, version in there.items() if version}
+        if not installed:
+            raise UserError(f"{' or '.join(editions)} is not installed; run make install")
+        found |= installed
     return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def progress(done: int, total: int, note: str = "") -> None:
@@ -215,7 +235,10 @@ def run(main: Callable[..., None], stage: str) -> None:
                 write_json(out, record(stage, started))
     except UserError as error:
         sys.exit(f"{stage}: {error}")
-    except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            sys.exit(f"{stage}: no space left on the disk: {error.filename or 'while writing'}")
+    except Exception as error:
+        # safetensors has an error of its own, with the system's number in its text.
+        numbers = [getattr(error, "errno", None), *re.findall(r"os error (\d+)", str(error))]
+        if {"28", "122"} & {str(number) for number in numbers}:  # ENOSPC, EDQUOT
+            where = getattr(error, "filename", None) or "while writing"
+            sys.exit(f"{stage}: no space left on the disk: {where}")
         raise

@@ -65,6 +65,9 @@ ENVIRONMENT = {
 }
 
 
+SHELLS = {"ash", "bash", "dash", "fish", "ksh", "sh", "zsh"}
+
+
 # The same library under other names, for a GPU.
 EDITIONS = {
     "onnxruntime": ["onnxruntime-gpu", "onnxruntime-directml"],
@@ -108,17 +111,17 @@ def new_output(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.tmp-*"):  # of a run that was killed
-        _remove(left)
+        remove(left)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     try:
         yield temporary
         if not temporary.exists():
             raise RuntimeError(f"nothing was written to {path}")
         _open_to_readers(temporary)
-        _remove(path)
+        remove(path)
         temporary.rename(path)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def _open_to_readers(path: Path) -> None:
@@ -129,7 +132,8 @@ def _open_to_readers(path: Path) -> None:
             file.chmod(0o666 & ~umask)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -148,30 +152,34 @@ def read_json(path: Path) -> dict:
 def die_with_parent() -> None:
     """End this process when the one that started it ends, so that nothing goes on writing.
 
-    DVC starts a stage through $SHELL; some shells stay between the two, so a stage also ends when
-    its parent loses its own.
+    Where a shell stays between the two, it also ends when the shell loses its own parent.
     """
-    first = _parents()
+    first = _watched()
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
     def watch() -> None:
-        while _parents() == first:
+        while _watched() == first:
             time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _parents() -> tuple[int, int]:
-    """Process ids of parent and, where /proc says, grandparent."""
+def _watched() -> tuple[int, ...]:
+    """Process id of the parent; and of its parent, if /proc says that the parent is a shell.
+
+    DVC starts a stage through $SHELL. Debian's sh waits for it; bash makes way, and then the
+    grandparent is the user's own shell, which may end before a run in the background does.
+    """
     parent = os.getppid()
     try:
-        fields = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
+        status = Path(f"/proc/{parent}/stat").read_text()  # pid (name) state parent ...
     except OSError:
-        return parent, 0
-    return parent, int(fields[1])
+        return (parent,)
+    name, _, fields = status.partition("(")[2].rpartition(")")
+    return (parent, int(fields.split()[1])) if name in SHELLS else (parent,)
 
 
 def _git(*args: str) -> str | None:

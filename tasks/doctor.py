@@ -17,9 +17,19 @@ from packaging.specifiers import SpecifierSet
 
 from stages import params
 from stages.errors import UserError
+from stages.stage import BASE, ONNX, PACKAGE, QUANTIZED
+from tasks import bridge
 
 GB = 1e9
 BUILTIN_PARAMETERS = 1_970_000
+# Outputs that grow with the model, in bytes a weight: 16 bits, and 4 bits with scales and head.
+WEIGHTY = {
+    "fetch": (BASE, 2.0),
+    "quantize": (QUANTIZED, 0.7),
+    "export": (ONNX, 0.7),
+    "package": (PACKAGE, 0.7),
+}
+OTHER_FILES = 0.2 * GB
 
 # Each was seen to break: what is needed, and what happens otherwise.
 CLASHES = {
@@ -57,7 +67,13 @@ def check(root: Path, ask_hub: bool = False) -> list[Check]:
     """All checks. `ask_hub` allows one call to the hub for the size of a model not yet here."""
     values = params.load(root / "params.yaml")
     size = parameters(root, values.base, ask_hub)
-    return [*_versions(), _model(values, size), _memory(size), _disk(root, size), _gpu(values)]
+    return [
+        *_versions(),
+        _model(values, size),
+        _memory(size),
+        _disk(root, values.base, size),
+        _gpu(values),
+    ]
 
 
 def _versions() -> Iterator[Check]:
@@ -136,14 +152,48 @@ def _memory(size: int | None) -> Check:
     return Check("memory", "ok", text)
 
 
-def _disk(root: Path, size: int | None) -> Check:
+def _disk(root: Path, base: params.Base, size: int | None) -> Check:
     free = shutil.disk_usage(root).free
-    # Base in 16 bits and three outputs of about 0.7 bytes a weight, each also in DVC's cache.
-    need = 0.2 * GB + (0 if size is None else 2 * size * (2 + 3 * 0.7))
+    hub = WEIGHTY["fetch"][1] if base.source == "hf" else 0
+    most = OTHER_FILES + (size or 0) * (2 * sum(each for _, each in WEIGHTY.values()) + hub)
+    if free >= most:  # true almost always, and then nobody has to ask DVC
+        return Check(
+            "disk", "ok", f"{free / GB:.1f} GB free, {most / GB:.1f} GB needed from scratch"
+        )
+    need = _disk_now(root, base, size or 0)
     text = f"{free / GB:.1f} GB free, about {need / GB:.1f} GB needed"
     if free < need:
         return Check("disk", "problem", f"disk: {text} in {root}")
     return Check("disk", "ok", text)
+
+
+def _disk_now(root: Path, base: params.Base, size: int) -> float:
+    """Bytes that a run would need now, by what DVC says of each stage."""
+    stale = {name: need for name, need in bridge.status(root).items() if need.action != "unchanged"}
+    total = OTHER_FILES if stale else 0
+    for name, (path, each) in WEIGHTY.items():
+        if name in stale:
+            copies = 1 if stale[name].action == "restore" else 2  # here, and in DVC's cache
+            copies -= (root / path).exists()  # the old one makes room
+            total += copies * each * size
+    if "fetch" in stale and stale["fetch"].action == "run" and _downloads_here(root, base):
+        total += WEIGHTY["fetch"][1] * size
+    return total
+
+
+def _downloads_here(root: Path, base: params.Base) -> bool:
+    """Whether fetch will put a copy in the hub's cache, and on the same disk."""
+    if base.source != "hf":
+        return False
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    name = f"models--{base.id.replace('/', '--')}"
+    if (cache / name / "snapshots" / str(base.revision)).exists():
+        return False
+    while not cache.exists():
+        cache = cache.parent
+    return cache.stat().st_dev == root.stat().st_dev
 
 
 def _gpu(values: params.Params) -> Check:

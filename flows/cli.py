@@ -269,6 +269,9 @@ def _print_origin(origin: Any) -> None:
             console.print(f"  {name:<9} {value}", markup=False)
     for path, digest in origin.inputs.items():
         console.print(f"  {'input':<9} {path}  {digest}", markup=False)
+    for path in origin.changed:
+        word = "changed since: not what this stage made" if Path(path).exists() else "missing"
+        console.print(f"  {'warning':<9} {path}: {word}", markup=False, style="yellow")
     console.print()
 
 

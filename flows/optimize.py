@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from graphlib import TopologicalSorter
 from typing import Any
@@ -41,7 +42,10 @@ def optimize(overrides: dict[str, Any] | None = None) -> Any:
             get_run_logger().info("params.yaml: %s", change)
         settings = params.load(root / "params.yaml").run
         doctor.check_or_raise(root)
-        graph = bridge.graph(root)
+        graph, removed = bridge.begin(root)
+        for path in removed:
+            get_run_logger().info("removed %s, which an earlier run left", path)
+        check_time_limits(settings.time_limits, graph)
     except UserError as error:
         return Failed(message=str(error))
 
@@ -58,6 +62,17 @@ def optimize(overrides: dict[str, Any] | None = None) -> Any:
     summary.publish(root, rows)
     failed = [row.reason for row in rows if row.state not in ("Completed", "Cached")]
     return Failed(message=failed[0], data=rows) if failed else rows
+
+
+def check_time_limits(limits: Mapping[str, float], graph: Mapping[str, object]) -> None:
+    """Raise a UserError for a limit that names no stage, with the nearest one."""
+    for name in limits:
+        if name not in graph:
+            # `finetune` is nearest to finetune@travel, though half of the letters are missing.
+            near = [stage for stage in graph if stage.partition("@")[0] == name]
+            near += difflib.get_close_matches(name, graph, 1, 0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"params.yaml: run.time_limits.{name}: no such stage{hint}")
 
 
 def in_order(

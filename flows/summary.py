@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.stage import LINEAGE
+from stages import params
+from stages.stage import LINEAGE, METRICS, read_json
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ def row(stage: str, state: Any, seconds: float) -> Row:
 
 
 def metrics(root: Path) -> dict[str, dict[str, Any]]:
-    """Each adapter's metrics, by name."""
-    return {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(root.glob("metrics/*.json"))}
+    """Metrics of each adapter in params.yaml that has some, by name."""
+    adapters = params.load(root / "params.yaml").adapters
+    paths = {name: root / METRICS / f"{name}.json" for name in adapters}
+    return {name: read_json(path) for name, path in sorted(paths.items()) if path.exists()}
 
 
 def model_rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:

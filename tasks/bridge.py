@@ -1,9 +1,10 @@
 """The one module that talks to DVC: what a stage needs, making it so, and what made a file.
 
 DVC decides what is stale and does the work; this module asks it stage by stage, and has it run
-commands through `tasks.command`. DVC also reads the working directory: be in the project's folder.
-Only `dvc.api` and the command line are public in DVC, so every private name that is used is
-imported here, and tests/test_bridge.py pins them.
+commands through `tasks.command`. `tasks.need` and `tasks.store` are parts of it. DVC also reads the
+working directory: be in the project's folder. Only `dvc.api` and the command line are public in
+DVC, so every private name that is used is imported in these three, and tests/test_bridge.py pins
+them.
 """
 
 from __future__ import annotations
@@ -17,38 +18,28 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import dvc.stage.run
 import networkx as nx
-from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
-from dvc.stage.cache import _get_stage_hash
+from dvc.stage.cache import _get_cache_hash, _get_stage_hash
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
 
 from stages.errors import UserError
-from stages.stage import TOOLCHAIN, read_json, versions
+from tasks import store
 from tasks.command import Job
+from tasks.need import Action, Need, need_of, outdated
 
 for _name in ("dvc", "dvc_data"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-Action = Literal["unchanged", "restore", "run"]
-
 
 class StageFailed(Exception):
     """A stage ended with an error; the text is its own last words."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """What DVC would do with a stage, and why, in words."""
-
-    action: Action
-    reasons: list[str]
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ def _words(error: BaseException) -> str:
 
 
 def _pipeline(repo: Repo) -> list[PipelineStage]:
-    return [stage for stage in repo.index.stages if _is_ours(stage)]
+    return list(filter(_is_ours, store.patiently(lambda: repo.index.stages)))
 
 
 def _is_ours(stage: Any) -> bool:
@@ -120,10 +111,25 @@ def graph(root: Path) -> dict[str, set[str]]:
 
 def _graph(repo: Repo) -> dict[str, set[str]]:
     """Direct dependencies only: one that follows from others (a → b → c, so a → c) is left out."""
+    _pipeline(repo)
     whole = repo.index.graph  # edges point from a stage to what it depends on
     ours = nx.transitive_reduction(whole.subgraph(filter(_is_ours, whole)))
     order = nx.dfs_postorder_nodes(ours)
     return {stage.name: {up.name for up in ours.successors(stage)} for stage in order}
+
+
+def begin(root: Path) -> tuple[dict[str, set[str]], list[str]]:
+    """The graph, for a run; and the paths that were removed, which earlier runs left behind.
+
+    Removed are outputs of stages that dvc.yaml no longer has, such as those of an adapter that is
+    no longer in params.yaml, and unfinished outputs of stages that were killed.
+
+    Raises:
+        UserError: as `graph`.
+    """
+    with _opened(root) as repo:
+        order = _graph(repo)
+        return order, [*store.remove_leftovers(repo), *store.remove_gone(repo, order)]
 
 
 def status(root: Path) -> dict[str, Need]:
@@ -131,7 +137,7 @@ def status(root: Path) -> dict[str, Need]:
     needs: dict[str, Need] = {}
     with _opened(root) as repo:
         for name, above in _graph(repo).items():
-            need = _need(_stage(repo, name))
+            need = need_of(_stage(repo, name))
             stale = [up for up in above if needs[up].action != "unchanged"]
             if need.action == "unchanged" and stale:
                 need = Need("run", [f"waits for {', '.join(sorted(stale))}"])
@@ -139,76 +145,8 @@ def status(root: Path) -> dict[str, Need]:
     return needs
 
 
-def ask(root: Path, name: str) -> Need:
-    """What one stage needs now; its upstream stages must be done."""
-    with _opened(root) as repo:
-        return _need(_stage(repo, name))
-
-
 def _stage(repo: Repo, name: str) -> PipelineStage:
     return next(stage for stage in _pipeline(repo) if stage.name == name)
-
-
-def _need(stage: PipelineStage) -> Need:
-    if _outdated(stage):
-        return Need("run", ["installed libraries changed"])
-    reasons = _reasons(stage)
-    if not reasons:
-        return Need("unchanged", [])
-    return Need("restore" if _restorable(stage) else "run", reasons)
-
-
-def _outdated(stage: PipelineStage) -> bool:
-    """Whether the toolchain stage recorded other versions than those installed."""
-    path = Path(stage.repo.root_dir) / TOOLCHAIN
-    return stage.name == "toolchain" and path.exists() and read_json(path) != versions()
-
-
-def _reasons(stage: PipelineStage) -> list[str]:
-    """Why a stage is not up to date, in words; empty when it is."""
-    if not any(out.hash_info for out in stage.outs):
-        return ["never run"]
-    reasons = ["command or outputs changed"] if stage.changed_stage() else []
-    for dep in stage.deps:
-        if isinstance(dep, ParamsDependency):
-            reasons += _param_reasons(dep)
-        else:
-            reasons += [f"{path} {word}" for path, word in dep.status().items()]
-    for out in stage.outs:
-        reasons += [f"{path} {_OUT_WORDS.get(w, w)}" for path, w in out.status().items()]
-    return reasons
-
-
-_OUT_WORDS = {"deleted": "missing", "modified": "was changed by hand", "not in cache": "not cached"}
-
-
-def _param_reasons(dep: ParamsDependency) -> list[str]:
-    before: dict[str, Any] = dep.hash_info.value or {}
-    now = dep.read_params()
-    return [
-        f"params {key} {_shown(before.get(key))} → {_shown(now.get(key))}"
-        for key in dep.params
-        if before.get(key) != now.get(key)
-    ]
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _restorable(stage: PipelineStage) -> bool:
-    """Whether DVC's cache holds this stage's outputs for what its inputs are now."""
-    store = stage.repo.stage_cache
-    try:
-        if not stage.changed_stage() and stage.deps_cached():
-            entry = to_single_stage_lockfile(stage)
-        else:
-            stage.save_deps()
-            entry = store._load(stage)
-        return bool(entry) and store._create_stage(entry, wdir=stage.wdir).outs_cached()
-    except DvcException:  # an input is missing
-        return False
 
 
 def reproduce(
@@ -234,15 +172,12 @@ def reproduce(
     job = _here.job = Job(on_line, limit_seconds, env or {})
     try:
         with job.at_work(), _opened(root) as repo:
-            stage = _stage(repo, name)
-            need, force = _need(stage), _outdated(stage)
-            if need.action != "unchanged":
-                repo.reproduce(targets=[name], single_item=True, force=force)
+            reasons = _bring_up_to_date(repo, name, job)
             stage = _stage(repo, name)
             return Outcome(
                 stage=name,
-                action="run" if job.process else "restore" if need.reasons else "unchanged",
-                reasons=need.reasons,
+                action="run" if job.process else "restore" if reasons else "unchanged",
+                reasons=reasons,
                 seconds=time.monotonic() - started,
                 key=_get_stage_hash(stage) if stage.deps and stage.outs else None,
                 outs=[str(out) for out in stage.outs],
@@ -254,10 +189,47 @@ def reproduce(
         _here.job = None
 
 
+def _bring_up_to_date(repo: Repo, name: str, job: Job) -> list[str]:
+    """Have DVC do what a stage needs; return why, which is nothing when it was up to date."""
+    stage = _stage(repo, name)
+    need = need_of(stage)
+    if need.action == "unchanged":
+        return []
+    for out in stage.outs:
+        if out.changed_cache():
+            store.drop_bad_objects(out)
+    repo.reproduce(targets=[name], single_item=True, force=outdated(stage))
+    if job.process:
+        return need.reasons
+    unfit = _unfit(_stage(repo, name))
+    if unfit:
+        repo.reproduce(targets=[name], single_item=True, force=True)
+    return need.reasons + unfit
+
+
+def _unfit(stage: PipelineStage) -> list[str]:
+    """Why outputs that DVC restored cannot be used; what is bad is removed from its cache."""
+    if outdated(stage):
+        return ["installed libraries changed"]
+    bad = [out for out in stage.outs if not store.as_recorded(out)]
+    for out in bad:
+        store.drop_bad_objects(out)
+    return [f"{out} is damaged in the cache" for out in bad]
+
+
 def _put_back(root: Path, name: str) -> None:
-    """DVC removes a stage's outputs before it runs: bring back those that dvc.lock records."""
+    """DVC removes a stage's outputs before it runs: bring back those that dvc.lock records.
+
+    But for the metrics and plots of the stage that failed, which say why.
+    """
     with contextlib.suppress(UserError, OSError), _opened(root) as repo:
-        repo.checkout(targets=[name], force=True, allow_missing=True)
+        for out in _stage(repo, name).outs:
+            if not out.hash_info or (out.exists and (out.metric or out.plot)):
+                continue
+            repo.checkout(targets=[out.fs_path], force=True, allow_missing=True)
+            if not store.as_recorded(out):
+                store.drop_bad_objects(out)
+                out.remove()
 
 
 def _run_command(executable: str | None, cmd: str, **kwargs: Any) -> None:
@@ -282,6 +254,8 @@ class Made:
     stage: str
     key: str | None
     entry: dict[str, Any]
+    changed: list[str]
+    """Files of its outputs that are no longer what dvc.lock records."""
 
 
 def made(root: Path) -> list[Made]:
@@ -289,7 +263,12 @@ def made(root: Path) -> list[Made]:
     with _opened(root) as repo:
         order = list(_graph(repo))
         done = [s for s in _pipeline(repo) if s.outs and all(out.hash_info for out in s.outs)]
-        return sorted(
-            (Made(s.name, _get_stage_hash(s), to_single_stage_lockfile(s)) for s in done),
-            key=lambda made: order.index(made.stage),
-        )
+        return [
+            Made(
+                stage.name,
+                _get_cache_hash(to_single_stage_lockfile(stage), key=True) if stage.deps else None,
+                to_single_stage_lockfile(stage),
+                [path for out in stage.outs for path in store.changed_files(out)],
+            )
+            for stage in sorted(done, key=lambda stage: order.index(stage.name))
+        ]

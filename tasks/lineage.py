@@ -25,6 +25,8 @@ class Origin:
     """Path to content hash."""
     upstream: list[str]
     """Stages that made inputs."""
+    changed: list[str]
+    """Files of the outputs that are missing, or are no longer what the stage made."""
     record: dict[str, Any]
     """Written by the stage: started, seconds, run_id, git_commit, git_dirty, platform, versions."""
 
@@ -70,6 +72,7 @@ def _origins(root: Path) -> dict[str, Origin]:
                 for other in reversed(origins.values())
                 if any(_within(a, b) or _within(b, a) for a in inputs for b in other.outputs)
             ],
+            changed=made.changed,
             record=_record(root, made.stage),
         )
     return origins
@@ -80,7 +83,10 @@ def _within(path: str, folder: str) -> bool:
 
 
 def _record(root: Path, stage: str) -> dict[str, Any]:
-    if stage == "package":  # it keeps its own record inside the package
-        return read_json(root / PACKAGE / "lineage.json")["package"]["record"]
-    path = root / LINEAGE / f"{stage}.json"
-    return read_json(path) if path.exists() else {}
+    """The stage's own record; empty when it is missing or was damaged by hand."""
+    try:
+        if stage == "package":  # it keeps its own record inside the package
+            return read_json(root / PACKAGE / "lineage.json")["package"]["record"]
+        return read_json(root / LINEAGE / f"{stage}.json")
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}

@@ -78,8 +78,8 @@ def init_project(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sh("git", "init", "--quiet", cwd=folder)
     sh("dvc", "init", "--quiet", cwd=folder)
-    shutil.copy(REPO / ".dvc/config", folder / ".dvc/config")
-    shutil.copy(REPO / "params.yaml", folder / "params.yaml")
+    for name in (".dvc/config", ".dvcignore", "params.yaml"):
+        shutil.copy(REPO / name, folder / name)
     return folder
 
 

@@ -23,6 +23,10 @@ def run(root: Path, name: str = "first", limit: float = 60, **env: str) -> bridg
     return bridge.reproduce(root, name, lambda line: None, limit, env)
 
 
+def need(root: Path, name: str = "first") -> bridge.Need:
+    return bridge.status(root)[name]
+
+
 def actions(root: Path) -> dict[str, str]:
     return {name: need.action for name, need in bridge.status(root).items()}
 
@@ -60,11 +64,11 @@ def test_a_parameter_that_goes_back_restores_the_first_bytes(toy: Path) -> None:
     )
     key, bytes_ = run(toy).key, (toy / "out/first").read_bytes()
     overrides.apply(toy, {"quantize.bits": 8})
-    assert bridge.ask(toy, "first").reasons == ["params quantize.bits 4 → 8"]
+    assert need(toy).reasons == ["params quantize.bits 4 → 8"]
     other = run(toy)
     assert other.action == "run" and other.key != key
     overrides.apply(toy, {"quantize.bits": 4})
-    assert bridge.ask(toy, "first").action == "restore"
+    assert need(toy).action == "restore"
     back = run(toy)
     assert (back.action, back.key) == ("restore", key)
     assert (toy / "out/first").read_bytes() == bytes_
@@ -74,7 +78,7 @@ def test_restore_is_not_promised_for_inputs_never_seen(toy: Path) -> None:
     """Once said restorable when the lock's outputs were cached, whatever the inputs were now."""
     run(toy)
     (toy / "in.txt").write_text("something new\n")
-    assert bridge.ask(toy, "first") == bridge.Need("run", ["in.txt modified"])
+    assert need(toy) == bridge.Need("run", ["in.txt modified"])
 
 
 def test_status_says_why_and_what_waits(toy: Path) -> None:
@@ -91,7 +95,7 @@ def test_status_says_why_and_what_waits(toy: Path) -> None:
 def test_an_output_changed_by_hand_is_noticed_and_mended(toy: Path) -> None:
     run(toy)
     (toy / "out/first").write_text("tampered")
-    assert bridge.ask(toy, "first").reasons == ["out/first was changed by hand"]
+    assert need(toy).reasons == ["out/first was changed since"]
     assert run(toy).action == "restore"
     assert (toy / "out/first").read_text() == "hello\n"
 
@@ -148,7 +152,7 @@ def test_failure_carries_the_last_words_and_puts_outputs_back(toy: Path) -> None
     with pytest.raises(bridge.StageFailed, match=r"^first: row 3 is bad\ndo this instead$"):
         run(toy)
     assert (toy / "out/first").read_text() == "hello\n"
-    assert bridge.ask(toy, "first").action == "run"  # a failure is never cached
+    assert need(toy).action == "run"  # a failure is never cached
 
 
 def test_failure_without_a_message_says_how_it_ended(toy: Path) -> None:
@@ -200,25 +204,24 @@ def test_stages_end_when_their_caller_is_stopped(toy: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
-@pytest.mark.parametrize("driver", ["bridge", "dvc repro"])
+@pytest.mark.parametrize("driver", ["bridge", "bridge with a shell", "dvc repro"])
 def test_a_stage_dies_with_the_process_that_started_it(toy: Path, shell: str, driver: str) -> None:
     """SIGKILL leaves no chance to clean up: the stage itself is tied to its parent.
 
-    Debian's sh stays between DVC and the stage; bash makes way.
+    Debian's sh stays between DVC and the stage; bash makes way. The bridge uses a shell only for a
+    command that needs one.
     """
+    if driver == "bridge with a shell":
+        text = (toy / "dvc.yaml").read_text()
+        (toy / "dvc.yaml").write_text(text.replace("python first.py", "python first.py && true"))
     (toy / "first.py").write_text(
         f"import sys\nsys.path.insert(0, {str(REPO)!r})\nimport os, time\n"
         "from stages.stage import die_with_parent\ndie_with_parent()\n"
         "open('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
     )
-    code = (
-        "from pathlib import Path; from tasks import bridge; "
-        f"bridge.reproduce(Path({str(toy)!r}), 'first', print, 600)"
-    )
-    argv = [sys.executable, "-c", code] if driver == "bridge" else [BIN / "dvc", "repro"]
     path = f"{BIN}:{os.environ['PATH']}"
     env = {**os.environ, "PYTHONPATH": str(REPO), "SHELL": shell, "PATH": path}
-    caller = subprocess.Popen(argv, cwd=toy, env=env)
+    caller = subprocess.Popen(started(toy, driver), cwd=toy, env=env)
     pid = _written(toy / "pid")
     caller.kill()
     caller.wait()
@@ -226,6 +229,49 @@ def test_a_stage_dies_with_the_process_that_started_it(toy: Path, shell: str, dr
     while _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _alive(pid)
+
+
+@pytest.mark.parametrize(
+    ("driver", "shell"),
+    [("bridge", "/bin/sh"), ("dvc repro", "/bin/bash"), ("dvc repro", "/bin/sh")],
+)
+def test_a_stage_outlives_the_shell_that_its_driver_was_started_from(
+    toy: Path, driver: str, shell: str
+) -> None:
+    """As after `nohup olivepress run &` and a logout."""
+    (toy / "first.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(REPO)!r})\nimport os, time\n"
+        "from pathlib import Path\n"
+        "from stages.stage import die_with_parent\ndie_with_parent()\n"
+        "Path('pid').write_text(str(os.getpid()))\n"
+        "while not Path('gone').exists(): time.sleep(0.1)\n"
+        "time.sleep(2)\nPath('out').mkdir()\nPath('out/first').write_text('x')\n"
+    )
+    path = f"{BIN}:{os.environ['PATH']}"
+    env = {**os.environ, "PYTHONPATH": str(REPO), "SHELL": shell, "PATH": path}
+    start = f"import subprocess\nsubprocess.Popen({started(toy, driver)!r})\ninput()"
+    login = subprocess.Popen(
+        [sys.executable, "-c", start], cwd=toy, env=env, stdin=subprocess.PIPE, text=True
+    )
+    pid = _written(toy / "pid")
+    login.communicate("\n", timeout=30)
+    (toy / "gone").touch()
+    deadline = time.monotonic() + 30
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (toy / "out/first").read_text() == "x"
+    while not (toy / "dvc.lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)  # the driver's last act
+
+
+def started(toy: Path, driver: str) -> list[str]:
+    code = (
+        "from pathlib import Path; from tasks import bridge; "
+        f"bridge.reproduce(Path({str(toy)!r}), 'first', print, 600)"
+    )
+    if driver.startswith("bridge"):
+        return [sys.executable, "-c", code]
+    return [str(BIN / "dvc"), "repro", "first"]
 
 
 def test_two_stages_at_once_in_threads(toy: Path) -> None:
@@ -257,8 +303,15 @@ def test_toolchain_runs_again_when_a_library_changed(toy: Path) -> None:
     path.write_text(path.read_text().replace("olive-ai", "olive-ai-old"))
     sh("dvc", "commit", "--force", cwd=root)
     assert "up to date" in sh("dvc", "status", cwd=root).stdout  # DVC alone cannot know
-    assert bridge.ask(root, "toolchain").reasons == ["installed libraries changed"]
+    assert need(root, "toolchain").reasons == ["installed libraries changed"]
     assert run(root, "toolchain", PYTHONPATH=str(REPO)).action == "run"
+    assert "olive-ai-old" not in path.read_text()
+
+    path.write_text(path.read_text().replace("olive-ai", "olive-ai-old"))
+    sh("dvc", "commit", "--force", cwd=root)
+    path.unlink()  # as in a clone after dvc pull: the cache has it, the folder does not
+    again = run(root, "toolchain", PYTHONPATH=str(REPO))
+    assert again.action == "run" and again.reasons[-1] == "installed libraries changed"
     assert "olive-ai-old" not in path.read_text()
 
 

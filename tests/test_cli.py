@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,8 @@ from websockets.sync.client import connect
 from conftest import BIN, hears_ctrl_c, sh
 from lab import olivepress
 from stages.errors import UserError
-from tasks import doctor, server
+from stages.params import load
+from tasks import bridge, doctor, server
 
 COMMANDS = ["run", "status", "generate", "chat", "lineage", "doctor", "ui", "down", "demo"]
 
@@ -219,6 +221,88 @@ def test_no_disk_is_told_before_anything_starts(toy: Path, monkeypatch: pytest.M
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"disk: 0\.0 GB free, about 0\.2 GB needed"):
         doctor.check_or_raise(toy)
+
+
+GB = 10**9
+
+
+@pytest.fixture
+def big(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy with a stage that makes models/base, of 1,000 million weights as doctor sees it."""
+    text = (toy / "dvc.yaml").read_text().replace("  first:", "  fetch:")
+    (toy / "dvc.yaml").write_text(text.replace("out/first", "models/base"))
+    (toy / "first.py").write_text(
+        "import os\nos.makedirs('models/base', exist_ok=True)\nos.makedirs('out', exist_ok=True)\n"
+        "open('models/base/x', 'w').write(open('in.txt').read())\n"
+    )
+    (toy / "each.py").write_text("import sys\nopen(f'out/each-{sys.argv[1]}', 'w')\n")
+    monkeypatch.setattr(doctor, "parameters", lambda *args: GB)
+    return toy
+
+
+def needed(root: Path, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Gigabytes without which a run is refused."""
+    usage = type("usage", (), {"free": -1})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    disk = next(check for check in doctor.check(root) if check.name == "disk")
+    assert disk.verdict == "problem"
+    return float(disk.message.split("about ")[1].split()[0])
+
+
+def test_disk_is_asked_for_only_by_what_will_run(
+    big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with nothing to do was refused for the disk that its own outputs had taken."""
+    assert needed(big, monkeypatch) == 4.2  # 2 bytes a weight, here and in the cache, and 0.2
+    for stage in ("fetch", "each@travel"):
+        bridge.reproduce(big, stage, print, 60)
+    assert needed(big, monkeypatch) == 0
+    (big / "in.txt").write_text("other")
+    assert needed(big, monkeypatch) == 2.2  # the old one makes room
+    (big / "in.txt").write_text("hello\n")
+    shutil.rmtree(big / "models")
+    assert needed(big, monkeypatch) == 2.2  # the cache has it
+
+
+def test_disk_for_the_hubs_own_copy(
+    big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = big / "params.yaml"
+    params.write_text(params.read_text().replace("source: builtin", "source: hf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert needed(big, monkeypatch) == 6.2
+    base = load(params).base
+    name = f"models--{base.id.replace('/', '--')}"
+    (tmp_path / "hub" / name / "snapshots" / str(base.revision)).mkdir(parents=True)
+    assert needed(big, monkeypatch) == 4.2
+
+
+def test_lineage_of_a_file_that_was_changed_says_so(toy: Path) -> None:
+    sh("dvc", "repro", cwd=toy)
+    assert "warning" not in sh("olivepress", "lineage", "out/first", cwd=toy).stdout
+    (toy / "out/first").write_text("edited")
+    said = sh("olivepress", "lineage", "out/each-travel", cwd=toy).stdout
+    assert "warning   out/first: changed since: not what this stage made" in said
+    chain = olivepress(toy, "lineage", "out/first")
+    assert chain[0]["changed"] == ["out/first"]
+    (toy / "out/first").unlink()
+    said = sh("olivepress", "lineage", "out/each-travel", cwd=toy).stdout
+    assert "warning   out/first: missing" in said
+
+
+def test_lineage_names_the_files_of_a_folder_and_does_without_the_package(lab: Path) -> None:
+    """The record of `package` is inside of it; a missing one was a traceback for every file."""
+    config, package, aside = lab / "models/base/config.json", lab / "models/package", lab / "aside"
+    before = config.read_bytes()
+    package.rename(aside)
+    config.write_bytes(before + b"\n")
+    try:
+        chain = olivepress(lab, "lineage", "models/onnx")
+        changed = {origin["stage"]: origin["changed"] for origin in chain if origin["changed"]}
+        assert changed == {"fetch": ["models/base/config.json"]}
+    finally:
+        config.write_bytes(before)
+        aside.rename(package)
 
 
 def test_doctor_shows_a_mistake_in_params(toy: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from pathlib import Path
 from uuid import UUID
 
@@ -17,6 +19,8 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import Log, State, TaskRun
 
+from conftest import REPO
+from flows import summary
 from flows.optimize import optimize
 from tasks import bridge, overrides
 
@@ -115,7 +119,9 @@ def test_a_failed_stage_fails_the_run_with_its_last_words(toy: Path) -> None:
     assert states(runs) == {"first": "Failed"}  # what depends on it was not started
     assert runs["first"].state is not None
     assert runs["first"].state.message == "first: no such luck"
-    (toy / "first.py").write_text("open('out/first', 'w').write('x')\n")
+    (toy / "first.py").write_text(
+        "import os\nos.makedirs('out', exist_ok=True)\nopen('out/first', 'w').write('x')\n"
+    )
     assert states(flow()[1])["first"] == "Completed"  # it ran again: a failure is not cached
 
 
@@ -123,6 +129,46 @@ def test_time_limit_of_one_stage(toy: Path) -> None:
     (toy / "first.py").write_text("import time\ntime.sleep(600)\n")
     state, _ = flow(**{"run.time_limits.first": 0.03})
     assert state.message == "first: stopped after its time limit of 0.03 minutes"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("frist", "first"), ("each", "each@travel"), ("each@food", "each@travel")]
+)
+def test_a_time_limit_of_no_stage_fails_the_run(toy: Path, name: str, near: str) -> None:
+    state, runs = flow(**{f"run.time_limits.{name}": 30})
+    assert state.is_failed() and not runs
+    assert state.message == (
+        f"params.yaml: run.time_limits.{name}: no such stage; did you mean {near}?"
+    )
+
+
+def test_what_earlier_runs_left_is_removed_and_told(toy: Path) -> None:
+    flow(**{"adapters.food.data": "x"})
+    (toy / "metrics").mkdir()
+    (toy / "metrics/food.json").write_text("{}")
+    shutil.copy(REPO / "params.yaml", toy)
+    state, runs = flow()
+    assert set(states(runs)) == {"first", "each@travel"}
+    assert not (toy / "out/each-food").exists() and (toy / "out/each-travel").exists()
+    deadline = time.monotonic() + 20  # logs are sent in the background
+    said: set[str] = set()
+    while "removed out/each-food, which an earlier run left" not in said:
+        assert time.monotonic() < deadline, said
+        said = {log.message for log in logs(flow_run_id(state))}
+    assert summary.metrics(toy) == {}  # only adapters of params.yaml
+
+
+def test_a_damaged_cache_is_never_called_cached(toy: Path) -> None:
+    flow()
+    for path in (toy / ".dvc/cache/files/md5").rglob("*"):
+        if path.is_file() and path.read_text() == "hello\n":
+            path.chmod(0o644)
+            path.write_text("jello\n")
+            path.chmod(0o444)
+    (toy / "out/first").unlink()
+    _, runs = flow()
+    assert states(runs) == {"first": "Completed", "each@travel": "Cached"}
+    assert (toy / "out/first").read_text() == "hello\n"
 
 
 def test_retries_are_off_and_can_be_switched_on(toy: Path) -> None:

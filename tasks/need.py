@@ -1,0 +1,87 @@
+"""What DVC would do with a stage, and why, in words. A part of `tasks.bridge`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dvc.dependency.param import ParamsDependency
+from dvc.exceptions import DvcException
+from dvc.stage import PipelineStage
+from dvc.stage.serialize import to_single_stage_lockfile
+
+from stages.stage import TOOLCHAIN, read_json, versions
+
+Action = Literal["unchanged", "restore", "run"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What DVC would do with a stage, and why, in words."""
+
+    action: Action
+    reasons: list[str]
+
+
+def need_of(stage: PipelineStage) -> Need:
+    """What a stage needs now; those it depends on must be done."""
+    if outdated(stage):
+        return Need("run", ["installed libraries changed"])
+    reasons = _reasons(stage)
+    if not reasons:
+        return Need("unchanged", [])
+    return Need("restore" if _restorable(stage) else "run", reasons)
+
+
+def outdated(stage: PipelineStage) -> bool:
+    """Whether the toolchain stage recorded other versions than those installed."""
+    path = Path(stage.repo.root_dir) / TOOLCHAIN
+    return stage.name == "toolchain" and path.exists() and read_json(path) != versions()
+
+
+def _reasons(stage: PipelineStage) -> list[str]:
+    """Why a stage is not up to date, in words; empty when it is."""
+    if not any(out.hash_info for out in stage.outs):
+        return ["never run"]
+    reasons = ["command or outputs changed"] if stage.changed_stage() else []
+    for dep in stage.deps:
+        if isinstance(dep, ParamsDependency):
+            reasons += _param_reasons(dep)
+        else:
+            reasons += [f"{path} {word}" for path, word in dep.status().items()]
+    for out in stage.outs:
+        reasons += [f"{path} {_OUT_WORDS.get(w, w)}" for path, w in out.status().items()]
+    return reasons
+
+
+_OUT_WORDS = {"deleted": "missing", "modified": "was changed since", "not in cache": "not cached"}
+
+
+def _param_reasons(dep: ParamsDependency) -> list[str]:
+    before: dict[str, Any] = dep.hash_info.value or {}
+    now = dep.read_params()
+    return [
+        f"params {key} {_shown(before.get(key))} → {_shown(now.get(key))}"
+        for key in dep.params
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _restorable(stage: PipelineStage) -> bool:
+    """Whether DVC's cache holds this stage's outputs for what its inputs are now."""
+    store = stage.repo.stage_cache
+    try:
+        if not stage.changed_stage() and stage.deps_cached():
+            entry = to_single_stage_lockfile(stage)
+        else:
+            stage.save_deps()
+            entry = store._load(stage)
+        return bool(entry) and store._create_stage(entry, wdir=stage.wdir).outs_cached()
+    except DvcException:  # an input is missing
+        return False

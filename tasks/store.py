@@ -1,0 +1,167 @@
+"""What DVC keeps, kept true: dvc.lock whole at any moment, outputs with the bytes it recorded.
+
+A part of `tasks.bridge`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+from dvc.dvcfile import Lockfile
+from dvc.exceptions import DvcException
+from dvc.output import Output
+from dvc.repo import Repo, lock_repo
+from dvc.utils.serialize import _common, _yaml
+from dvc_data.hashfile.build import build
+from dvc_data.hashfile.db import HashFileDB
+from dvc_data.hashfile.db.local import LocalHashFileDB
+from dvc_data.hashfile.hash import file_md5
+from dvc_data.hashfile.tree import Tree
+from dvc_objects.errors import ObjectFormatError
+
+from stages.stage import remove
+
+T = TypeVar("T")
+TRIES = 20  # a tenth of a second apart: DVC takes some hundredths to write dvc.lock
+LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")  # as stages.stage.new_output names them
+
+
+def _dump_whole(path: Any, *args: Any, **kwargs: Any) -> None:
+    """Take the place of DVC's `_dump_data`: write a sibling and rename it.
+
+    DVC writes dvc.lock in place, so one who reads it meanwhile sees a part of it.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        _dvc_dump(str(temporary), *args, **kwargs)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_dvc_dump = _common._dump_data
+_common._dump_data = _yaml._dump_data = _dump_whole
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` gives; tried again while a `dvc` command is in the middle of writing dvc.lock."""
+    for _ in range(TRIES):
+        try:
+            return read()
+        except DvcException as error:
+            if "dvc.lock" not in str(error):
+                raise
+            time.sleep(0.1)
+    return read()
+
+
+def _unmemoized(out: Output) -> LocalHashFileDB:
+    """The cache of an output without DVC's database of hashes, which a restore fills unread."""
+    return LocalHashFileDB(out.cache.fs, out.cache.path)
+
+
+def as_recorded(out: Output) -> bool:
+    """Whether an output holds the bytes that dvc.lock records; every byte of it is read."""
+    if not out.exists:
+        return False
+    _, _, found = build(
+        _unmemoized(out), out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore
+    )
+    return bool(found.hash_info == out.hash_info)
+
+
+def drop_bad_objects(out: Output) -> None:
+    """Remove the objects of an output from the cache whose bytes are not those of their name.
+
+    DVC trusts every object of mode 0444, and never writes one again that is there.
+    """
+    if not out.hash_info:
+        return
+    objects = [out.hash_info.value]
+    tree = out.get_obj()  # None when the listing of a folder cannot be read
+    if isinstance(tree, Tree):
+        objects += [info.value for _, _, info in tree if info]
+    for name in objects:
+        with contextlib.suppress(ObjectFormatError, FileNotFoundError):
+            HashFileDB.check(_unmemoized(out), name)  # LocalHashFileDB's own looks at the mode
+
+
+def changed_files(out: Output) -> list[str]:
+    """An output, or the files in it, that are no longer what dvc.lock records."""
+    if not out.workspace_status():
+        return []
+    tree = out.get_obj() if out.exists and out.isdir() else None
+    if not isinstance(tree, Tree):
+        return [out.def_path]
+    recorded = {"/".join(key): info.value for key, _, info in tree if info}
+    folder = Path(out.fs_path)
+    found = {
+        path.relative_to(folder).as_posix(): file_md5(str(path))
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    names = {name for name in recorded.keys() | found if recorded.get(name) != found.get(name)}
+    return [f"{out.def_path}/{name}" for name in sorted(names)]
+
+
+def remove_gone(repo: Repo, stages: Iterable[str]) -> list[str]:
+    """Remove the outputs of stages that dvc.lock records and dvc.yaml no longer has.
+
+    They would be part of every input that is a whole folder. Left alone are what Git tracks and
+    what a stage of now makes. DVC's cache keeps the content.
+
+    Returns:
+        The paths that were removed.
+    """
+    root = Path(repo.root_dir)
+    lock = Lockfile(repo, str(root / "dvc.lock"))
+    entries = patiently(lock.load).get("stages", {})
+    gone = {name: entry for name, entry in entries.items() if name not in set(stages)}
+    removed = []
+    with lock_repo(repo) if gone else contextlib.nullcontext():
+        for name, entry in gone.items():
+            for out in entry.get("outs", []):
+                if _is_free(repo, root / out["path"]):
+                    remove(root / out["path"])
+                    removed.append(out["path"])
+            lock.remove_stage(SimpleNamespace(name=name))
+    return removed
+
+
+def _is_free(repo: Repo, path: Path) -> bool:
+    """Whether a path exists, nothing of now makes it or a part of it, and Git does not track it."""
+    made = [Path(out.fs_path) for out in repo.index.outs]
+    overlaps = any(path.is_relative_to(out) or out.is_relative_to(path) for out in made)
+    inside = path.resolve().is_relative_to(Path(repo.root_dir).resolve())
+    return path.exists() and inside and not overlaps and not repo.scm.is_tracked(str(path))
+
+
+def remove_leftovers(repo: Repo) -> list[str]:
+    """Remove the unfinished outputs of processes that were killed; return their paths."""
+    root = Path(repo.root_dir)
+    folders = {root, *(Path(out.fs_path).parent for out in repo.index.outs)}
+    removed = []
+    for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
+        match = LEFTOVER.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
+            remove(path)
+            removed.append(path.relative_to(root).as_posix())
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

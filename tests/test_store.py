@@ -1,0 +1,245 @@
+"""What the bridge keeps true of DVC's files: dvc.lock whole, outputs as recorded, no leftovers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import REPO, init_project, sh
+from tasks import bridge, overrides
+
+# Writes dvc.lock over and over, as often as it can, until there is a file `enough`.
+WRITER = """
+from pathlib import Path
+from dvc.dvcfile import Lockfile
+from dvc.repo import Repo
+repo = Repo(".")
+stages = list(repo.index.stages)
+while not Path("enough").exists():
+    Lockfile(repo, "dvc.lock").dump_stages(stages)
+    Path("writing").touch()
+"""
+FOLDER = """
+import os
+os.makedirs("out/first", exist_ok=True)
+open("out/first/a", "w").write("hello ")
+open("out/first/b", "w").write("there")
+open("runs", "a").write("x")
+"""
+FIGURES = """
+import sys
+from pathlib import Path
+for name in ("out", "figures"):
+    Path(name).mkdir(exist_ok=True)
+text = Path("in.txt").read_text().strip()
+Path("figures/one.json").write_text('{"a": "%s"}' % text)
+Path("figures/one.csv").write_text(f"a,b\\n1,{text}\\n")
+if text == "bad":
+    sys.exit("first: not good enough")
+Path("out/first").write_text(text)
+"""
+FIGURES_YAML = """
+stages:
+  first:
+    cmd: python first.py
+    deps: [in.txt, first.py]
+    outs: [out/first]
+    metrics: [figures/one.json]
+    plots: [figures/one.csv]
+"""
+# As in the project: the last stage reads a whole folder, to which the others write.
+SHARED = """
+stages:
+  each:
+    foreach: ${adapters}
+    do:
+      cmd: mkdir -p out/all && echo ${key} > out/all/${key}
+      deps: [in.txt]
+      outs: ["out/all/${key}"]
+  pack:
+    cmd: ls -A out/all > pack
+    deps: [out/all]
+    params: [adapters]
+    outs: [pack]
+"""
+
+
+def run(root: Path, name: str = "first") -> bridge.Outcome:
+    return bridge.reproduce(root, name, lambda line: None, 60)
+
+
+def run_all(root: Path) -> dict[str, bridge.Outcome]:
+    """What the flow does, without its server."""
+    graph, _ = bridge.begin(root)
+    return {name: run(root, name) for name in graph}
+
+
+def locked(root: Path) -> set[str]:
+    return set(yaml.safe_load((root / "dvc.lock").read_text())["stages"])
+
+
+@pytest.mark.parametrize("writer", ["the bridge", "dvc"])
+def test_dvc_lock_is_read_while_it_is_written(toy: Path, writer: str) -> None:
+    """Runs failed at random: DVC writes in place, and another stage's thread read half of it."""
+    adapters = {f"adapters.a{i}.data": "x" for i in range(8)}
+    overrides.apply(toy, adapters)
+    sh("dvc", "repro", cwd=toy)
+    names = locked(toy)
+    assert len(names) == 10
+    code = WRITER if writer == "dvc" else f"import tasks.bridge\n{WRITER}"
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=toy, env=env)
+    try:
+        deadline = time.monotonic() + 60
+        while not (toy / "writing").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for _ in range(15):
+            needs = bridge.status(toy)
+            if writer == "the bridge":  # not even for a moment was any of it gone
+                assert {need.action for need in needs.values()} == {"unchanged"}
+                assert locked(toy) == names
+    finally:
+        (toy / "enough").touch()
+        assert other.wait(60) == 0
+
+
+def test_a_dvc_lock_that_stays_broken_is_a_message(toy: Path) -> None:
+    (toy / "dvc.lock").write_text("<<<<<<< mine\n")
+    with pytest.raises(bridge.UserError, match=r"dvc\.lock"):
+        bridge.status(toy)
+
+
+def objects(root: Path) -> dict[str, Path]:
+    """Files of DVC's cache by the content that they should have: hello, there, or the listing."""
+    cache = root / ".dvc/cache/files/md5"
+    return {path.read_text()[:5]: path for path in cache.rglob("*") if path.is_file()}
+
+
+def damage(path: Path, text: str) -> None:
+    """Change an object as a failing disk would: mode and size stay."""
+    path.chmod(0o644)
+    path.write_text(text.ljust(path.stat().st_size)[: path.stat().st_size])
+    path.chmod(0o444)
+
+
+@pytest.mark.parametrize("what", ["a file in a folder", "the listing of a folder"])
+def test_a_damaged_cache_is_noticed_and_mended(toy: Path, what: str) -> None:
+    """DVC restored it, reported success, and called it up to date ever after."""
+    (toy / "first.py").write_text(FOLDER)
+    run(toy)
+    damage(objects(toy)["hello" if what == "a file in a folder" else '[{"md'], "XX")
+    shutil.rmtree(toy / "out")
+    outcome = run(toy)
+    assert outcome.action == "run"
+    if what == "a file in a folder":  # of the other, DVC says "not cached" by itself
+        assert outcome.reasons == ["out/first missing", "out/first is damaged in the cache"]
+    assert (toy / "out/first/a").read_text() == "hello "
+    shutil.rmtree(toy / "out")
+    assert run(toy).action == "restore"  # the cache is whole again
+    assert (toy / "out/first/a").read_text() == "hello "
+    assert (toy / "runs").read_text() == "xx"
+
+
+def test_a_damaged_file_is_not_put_back_after_a_failure(toy: Path) -> None:
+    run(toy)
+    damage(objects(toy)["hello"], "XX")
+    (toy / "first.py").write_text("import sys\nsys.exit('first: no')\n")
+    with pytest.raises(bridge.StageFailed, match="first: no"):
+        run(toy)
+    assert not (toy / "out/first").exists()
+
+
+def test_a_failed_stage_leaves_its_figures(toy: Path) -> None:
+    """A gate that fails is understood by the figures that failed it."""
+    (toy / "dvc.yaml").write_text(FIGURES_YAML)
+    (toy / "first.py").write_text(FIGURES)
+    (toy / "in.txt").write_text("good")
+    run(toy)
+    (toy / "in.txt").write_text("bad")
+    with pytest.raises(bridge.StageFailed, match="not good enough"):
+        run(toy)
+    assert "bad" in (toy / "figures/one.json").read_text()
+    assert "bad" in (toy / "figures/one.csv").read_text()
+    assert (toy / "out/first").read_text() == "good"
+    (toy / "in.txt").write_text("good")
+    assert run(toy).action == "restore"
+    assert "good" in (toy / "figures/one.json").read_text()
+
+    (toy / "in.txt").write_text("bad")
+    (toy / "first.py").write_text("import sys\nsys.exit('first: before any figure')\n")
+    with pytest.raises(bridge.StageFailed, match="before any figure"):
+        run(toy)
+    assert "good" in (toy / "figures/one.json").read_text()
+
+
+def test_an_adapter_that_is_gone_takes_its_outputs_along(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two clones with equal parameters have equal keys, whatever was there before."""
+    (toy / "dvc.yaml").write_text(SHARED)
+    (toy / ".gitignore").write_text("/out/\n/pack\n")  # else DVC writes one into out/all
+    overrides.apply(toy, {"adapters.food.data": "x"})
+    run_all(toy)
+    assert (toy / "pack").read_text() == "food\ntravel\n"
+    shutil.copy(REPO / "params.yaml", toy)
+    (toy / "out/all/mine").write_text("not of any stage")
+    assert bridge.begin(toy)[1] == ["out/all/food"]
+    assert (toy / "out/all/mine").exists()
+    (toy / "out/all/mine").unlink()
+    assert locked(toy) == {"each@travel", "pack"}
+    outcomes = run_all(toy)
+
+    fresh = init_project(tmp_path / "fresh")
+    for name in ("dvc.yaml", "in.txt", ".gitignore"):
+        shutil.copy(toy / name, fresh)
+    monkeypatch.chdir(fresh)
+    assert run_all(fresh)["pack"].key == outcomes["pack"].key
+
+    monkeypatch.chdir(toy)
+    overrides.apply(toy, {"adapters.food.data": "x"})
+    again = run_all(toy)  # it was removed from the folder, and not from the cache
+    assert {name: outcome.action for name, outcome in again.items()} == {
+        "each@travel": "unchanged",
+        "each@food": "restore",
+        "pack": "restore",
+    }
+
+
+def test_what_git_tracks_or_a_stage_still_makes_is_not_removed(toy: Path) -> None:
+    run_all(toy)
+    text = (toy / "dvc.yaml").read_text()
+    (toy / "dvc.yaml").write_text(text.replace("  each:", "  every:"))  # same outputs, new name
+    assert bridge.begin(toy)[1] == []
+    assert (toy / "out/each-travel").exists()
+    sh("git", "add", "--force", "out/first", cwd=toy)
+    (toy / "dvc.yaml").write_text("stages:\n  other:\n    cmd: touch x\n    outs: [x]\n")
+    assert bridge.begin(toy)[1] == []
+    assert (toy / "out/first").exists()
+
+
+def test_unfinished_outputs_of_killed_stages_are_removed(toy: Path) -> None:
+    run_all(toy)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = toy / f"out/.first.tmp-{dead.pid}"
+    left.mkdir()
+    (left / "half").touch()
+    alive = toy / f"out/.first.tmp-{os.getpid()}"
+    alive.touch()
+    assert bridge.begin(toy)[1] == [f"out/{left.name}"]
+    assert not left.exists() and alive.exists()
+
+
+def test_unfinished_outputs_are_no_part_of_a_folder_that_is_read(toy: Path) -> None:
+    (toy / "dvc.yaml").write_text(SHARED)
+    run_all(toy)
+    (toy / f"out/all/.food.tmp-{os.getpid()}").write_text("half")
+    assert {need.action for need in bridge.status(toy).values()} == {"unchanged"}
+    assert "up to date" in sh("dvc", "status", cwd=toy).stdout

@@ -21,7 +21,9 @@ from prefect.client.schemas.objects import Log, State, TaskRun
 
 from conftest import REPO
 from flows import summary
-from flows.optimize import optimize
+from flows.optimize import check_time_limits, optimize
+from lab import STAGES
+from stages.errors import UserError
 from tasks import bridge, overrides
 
 pytestmark = pytest.mark.usefixtures("api")
@@ -131,15 +133,27 @@ def test_time_limit_of_one_stage(toy: Path) -> None:
     assert state.message == "first: stopped after its time limit of 0.03 minutes"
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("frist", "first"), ("each", "each@travel"), ("each@food", "each@travel")]
-)
-def test_a_time_limit_of_no_stage_fails_the_run(toy: Path, name: str, near: str) -> None:
-    state, runs = flow(**{f"run.time_limits.{name}": 30})
+def test_a_time_limit_of_no_stage_fails_the_run(toy: Path) -> None:
+    state, runs = flow(**{"run.time_limits.frist": 30})
     assert state.is_failed() and not runs
     assert state.message == (
-        f"params.yaml: run.time_limits.{name}: no such stage; did you mean {near}?"
+        "params.yaml: run.time_limits.frist: no such stage; did you mean first?"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("finetune", "finetune@travel"),
+        ("evaluate@food", "evaluate@travel"),
+        ("quantise", "quantize"),
+    ],
+)
+def test_the_nearest_stage_is_named(name: str, near: str) -> None:
+    graph = dict.fromkeys(STAGES, set())
+    check_time_limits({"quantize": 1, "finetune@travel": 2}, graph)
+    with pytest.raises(UserError, match=rf"{name}: no such stage; did you mean {near}\?"):
+        check_time_limits({name: 30}, graph)
 
 
 def test_what_earlier_runs_left_is_removed_and_told(toy: Path) -> None:

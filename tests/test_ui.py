@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from lab import STAGES, olivepress
+from tasks import bridge
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -42,19 +46,85 @@ def wait_for(driver, *words: str, seconds: float = 60) -> str:
     pytest.fail(f"{words} not on the page, which says: {text[:2000]}")
 
 
-def test_the_run_its_graph_and_its_states(lab: Path, browser) -> None:
+# Counts the pieces of one colour that are at least 15 pixels high, in a picture.
+PIECES = """
+const [png, colour, done] = arguments, picture = new Image();
+picture.onload = () => {
+  const w = picture.width, h = picture.height;
+  const page = Object.assign(document.createElement('canvas'), {width: w, height: h});
+  const pen = page.getContext('2d');
+  pen.drawImage(picture, 0, 0);
+  const rgba = pen.getImageData(0, 0, w, h).data;
+  const left = new Set();
+  for (let i = 0; i < w * h; i++)
+    if (colour.every((value, k) => Math.abs(rgba[4 * i + k] - value) < 6)) left.add(i);
+  let pieces = 0;
+  for (const first of left) {
+    const todo = [first];
+    let top = h, bottom = 0;
+    while (todo.length) {
+      const i = todo.pop();
+      if (!left.delete(i)) continue;
+      const y = Math.floor(i / w);
+      top = Math.min(top, y), bottom = Math.max(bottom, y);
+      todo.push(i - 1, i + 1, i - w, i + w);
+    }
+    if (bottom - top >= 14) pieces++;
+  }
+  done(pieces);
+};
+picture.src = 'data:image/png;base64,' + png;
+"""
+COMPLETED = [33, 157, 75]  # the green of a bar in the run's graph
+
+
+def bars(driver) -> int:
+    """Green bars in the graph of the run, one for each completed task run."""
+    from selenium.webdriver.common.by import By
+
+    picture = driver.find_element(By.TAG_NAME, "canvas").screenshot_as_base64
+    return driver.execute_async_script(PIECES, picture, COMPLETED)
+
+
+def wait_for_bars(driver, least: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while bars(driver) < least:
+        assert time.monotonic() < deadline, f"{bars(driver)} bars, and not {least}"
+        time.sleep(0.5)
+
+
+def test_the_run_its_graph_and_its_states(
+    lab: Path, api: str, browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = json.loads((lab.parent / "run.json").read_text())["url"]
+    answer = f"{api}/flow_runs/{url.rpartition('/')[2]}/graph-v2"
+    with urllib.request.urlopen(answer, timeout=30) as reply:
+        nodes = {node["id"]: node for _, node in json.load(reply)["nodes"]}
+    drawn = {
+        node["label"]: {nodes[parent["id"]]["label"] for parent in node["parents"]}
+        for node in nodes.values()
+    }
+    monkeypatch.chdir(lab)
+    assert drawn == bridge.graph(lab)
+    assert {node["state_type"] for node in nodes.values()} == {"COMPLETED"}
     browser.get(url)
-    wait_for(browser, "Completed", "Task Runs", "Artifacts")
-    assert browser.execute_script(
-        "const c = document.querySelector('canvas'); return c && c.width * c.height > 10000"
-    ), "the run's graph is drawn on a canvas"
+    wait_for(browser, "Completed", "Task Runs", "Artifacts", "9 Task runs")
+    wait_for_bars(browser, 6)  # of nine: two that touch count as one
     for tab, words in {
-        "Task Runs": ["quantize", "finetune@travel", "package", "Completed"],
+        "Task Runs": [*STAGES, "Completed"],
         "Artifacts": ["summary", "stages"],
     }.items():
         open_tab(browser, tab)
         wait_for(browser, *words)
+
+
+def test_a_run_without_stages_draws_no_bars(toy: Path, api: str, browser) -> None:
+    """What the test before relies on: bars are of stages, and not of the page around them."""
+    (toy / "dvc.yaml").write_text("stages: {}\n")
+    browser.get(olivepress(toy, "run", api=api)["url"])
+    wait_for(browser, "Completed", "Task Runs", "Artifacts")
+    time.sleep(3)
+    assert bars(browser) == 0
 
 
 def open_tab(driver, tab: str, seconds: float = 30) -> None:

@@ -150,7 +150,7 @@ def test_a_time_limit_of_no_stage_fails_the_run(toy: Path) -> None:
     ],
 )
 def test_the_nearest_stage_is_named(name: str, near: str) -> None:
-    graph = dict.fromkeys(STAGES, set())
+    graph = dict.fromkeys(STAGES)
     check_time_limits({"quantize": 1, "finetune@travel": 2}, graph)
     with pytest.raises(UserError, match=rf"{name}: no such stage; did you mean {near}\?"):
         check_time_limits({name: 30}, graph)

@@ -3,8 +3,8 @@
 DVC decides what is stale and does the work; this module asks it stage by stage, and has it run
 commands through `tasks.command`. `tasks.need` and `tasks.store` are parts of it. DVC also reads the
 working directory: be in the project's folder. Only `dvc.api` and the command line are public in
-DVC, so every private name that is used is imported in these three, and tests/test_bridge.py pins
-them.
+DVC, so every private name that is used is imported in these three; tests/test_bridge.py and
+tests/test_store.py pin them.
 """
 
 from __future__ import annotations

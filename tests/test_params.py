@@ -43,7 +43,7 @@ def test_the_file_in_the_project_is_valid() -> None:
         ("quantize.bits", 3, r"quantize\.bits: must be 4 or 8, not 3"),
         ("quantize.group_size", 48, r"quantize\.group_size: must be one of 16, 32, 64, 128"),
         ("quantize.symmetric", "yes", r"quantize\.symmetric: must be a valid boolean"),
-        ("quantize.algorithm", "best!", r"quantize\.algorithm: must be 'awq', 'gptq'"),
+        ("quantize.algorithm", "best!", r"quantize\.algorithm: must be 'best', 'awq', 'gptq'"),
         ("finetune.learning_rate", 5, r"finetune\.learning_rate: must be less than or equal to 1"),
         ("finetune.r", 0, r"finetune\.r: must be greater than or equal to 1, not 0"),
         ("finetune.target_modules", [], r"finetune\.target_modules"),

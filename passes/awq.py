@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,11 +25,10 @@ from olive.passes.pytorch.quant_utils import (
     get_layer_inputs_for_calibration,
     get_quantizer_config,
     prepare_model,
-    run_layer,
 )
 from torch import Tensor, nn
 
-from passes.folding import Fold, candidates, leaves_unchanged, query_key_rows, restored
+from passes.folding import Fold, candidates, leaves_unchanged
 from passes.rounding import clip, output_error, quantizer_of, relative_magnitude, rounded
 
 
@@ -41,6 +41,8 @@ class Activations:
     magnitude: Tensor
     """Sum of |x|, (in_features,) float32."""
     tokens: int = 0
+    turn: float = float("inf")
+    """Its place in the order of the first calls; infinite for one that is never called."""
 
     def add(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
@@ -55,24 +57,21 @@ class Activations:
 
 
 @dataclass
-class Calls:
-    """The first calls of a block, to be made again with other weights."""
+class Batches:
+    """What a layer is called with: its hidden states, each (B, T, hidden) float32, and the rest."""
 
-    max_tokens: int
-    inputs: list[tuple[tuple, dict]] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    tokens: int = 0
+    states: list[Tensor]
+    args: list[tuple]
+    kwargs: list[dict]
 
-    def add(self, args: tuple, kwargs: dict, output: Any) -> None:
-        if self.tokens < self.max_tokens:
-            self.inputs.append((args, kwargs))
-            self.outputs.append(first(output))
-            self.tokens += self.outputs[-1][..., 0].numel()
+    def calls(self, layer: nn.Module) -> Iterator[Tensor]:
+        """Yield the layer's output for each batch."""
+        for x, args, kwargs in zip(self.states, self.args, self.kwargs, strict=True):
+            yield first(layer(x, *args, **kwargs))
 
-    def error(self, block: nn.Module) -> float:
-        """Sum of squared differences from the recorded outputs."""
-        calls = zip(self.inputs, self.outputs, strict=True)
-        return sum(float((first(block(*a, **k)) - y).square().sum()) for (a, k), y in calls)
+    def through(self, layer: nn.Module) -> Batches:
+        """The same for the next layer."""
+        return Batches(list(self.calls(layer)), self.args, self.kwargs)
 
 
 def first(output: Any) -> Tensor:
@@ -99,10 +98,9 @@ class Awq(Pass):
             "data_config": PassConfigParam(
                 type_=DataConfig | dict, required=True, description="Calibration tokens."
             ),
-            "grid": param(int, 10, "Steps of alpha in s = s_X^alpha, from 0 to 1."),
+            "grid": param(int, 20, "Steps of alpha in s = s_X^alpha, from 0 to 1."),
             "duo": param(bool, True, "Also try s = s_X^alpha / s_W^(1 - alpha)."),
-            "clip_grid": param(int, 10, "Steps of the weight range, from all of it to half."),
-            "search_tokens": param(int, 512, "Calibration tokens on which a block is compared."),
+            "clip_grid": param(int, 20, "Steps of the weight range, from all of it to half."),
         }
 
     @torch.no_grad()
@@ -117,16 +115,17 @@ class Awq(Pass):
         wrapper, qcfg, _ = prepare_model(model, config)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         wrapper.model.config.use_cache, use_cache = False, wrapper.model.config.use_cache
-        states, args, kwargs = get_layer_inputs_for_calibration(
-            model, wrapper, config.data_config, device
+        batches = Batches(
+            *in_float32(
+                get_layer_inputs_for_calibration(model, wrapper, config.data_config, device)
+            )
         )
-        if not states:
+        if not batches.states:
             raise ValueError("no calibration tokens")
-        states, args, kwargs = in_float32((states, args, kwargs))
         layers = wrapper.get_layer_wrappers()
         for done, layer in enumerate(layers):
             self.progress(done, len(layers), "layers quantized")
-            states = self._quantize_layer(wrapper, layer, states, args, kwargs)
+            batches = self._quantize_layer(wrapper, layer, batches)
         self.progress(len(layers), len(layers), "layers quantized")
         wrapper.model.config.use_cache = use_cache
         # Olive would load every embedding but the tokens' as a quantized one.
@@ -139,116 +138,118 @@ class Awq(Pass):
         return finalize(model, output_model_path, wrapper, qcfg, device)
 
     def _quantize_layer(
-        self,
-        wrapper: ModelWrapper,
-        layer: LayerWrapper,
-        states: list[Tensor],
-        args: list[tuple],
-        kwargs: list[dict],
-    ) -> list[Tensor]:
-        """Replace the layer's linears by QuantLinear; return the outputs it had before."""
+        self, wrapper: ModelWrapper, layer: LayerWrapper, batches: Batches
+    ) -> Batches:
+        """Replace the layer's linears by QuantLinear; return what it gave before."""
         module = layer.layer
         dtype = next(module.parameters()).dtype
-        module.float().to(states[0].device)
-        linears = {n: m for n, m in module.named_modules() if hasattr(m, "quant_info")}
+        module.float().to(batches.states[0].device)
+        outputs, readers = self._fold_layer(wrapper, layer, batches, dtype)
+        for linears, seen in readers:
+            for linear in linears:
+                self._replace(module, linear, self._ranges(linear, seen.gram, dtype))
+        module.to("cpu", dtype)
+        return outputs
+
+    def _fold_layer(
+        self, wrapper: ModelWrapper, layer: LayerWrapper, batches: Batches, dtype: torch.dtype
+    ) -> tuple[Batches, list[tuple[list[nn.Linear], Activations]]]:
+        """Move the best scales from what makes the linears' inputs into the linears.
+
+        Returns:
+            The layer's outputs, and the linears to quantize in the order in which they are called,
+            those that read one input together, with the activations of that input.
+        """
+        module = layer.layer
+        linears = [m for m in module.modules() if hasattr(m, "quant_info")]
 
         def run() -> Tensor:
-            return first(module(states[0], *args[0], **kwargs[0]))
+            return next(batches.calls(module))
 
-        folds = []
+        folds: list[Fold] = []
         expected = run()
         for choices in candidates(wrapper, layer):
             folds += [f for f in choices if leaves_unchanged(f, expected, run, dtype)][:1]
         together = {linear for f in folds for linear in f.linears}
-        readers = [f.linears for f in folds] + [[m] for m in linears.values() if m not in together]
-        blocks = {f.block for f in folds} - set(linears.values())
-        with watched(readers, blocks, self.config.search_tokens) as (inputs, calls):
-            outputs = run_layer(module, states, args, kwargs, return_output=True)
-        module.to(states[0].device)
+        groups = [f.linears for f in folds] + [[m] for m in linears if m not in together]
+        with watched(groups) as readers:
+            outputs = batches.through(module)
+        inputs = {linears[0]: seen for linears, seen in readers}
         for fold in folds:
-            x = inputs[fold.linears[0]]
-            x.scale(fold.apply(self._search_scale(fold, x, calls.get(fold.block)), dtype))
-        unclipped = query_key_rows(wrapper, layer)
-        for name, linear in linears.items():
-            keep = unclipped.get(linear, slice(0))
-            module.set_submodule(name, self._round(linear, inputs[linear], keep, dtype))
-        module.to("cpu", dtype)
-        return outputs
+            seen = inputs[fold.linears[0]]
+            seen.scale(fold.apply(self._search_scale(fold, seen), dtype))
+        return outputs, sorted(readers, key=lambda reader: reader[1].turn)
 
-    def _search_scale(self, fold: Fold, x: Activations, calls: Calls | None) -> Tensor:
-        """The s with the smallest error of the block's output (equation 4); ones if none helps."""
-        weights = [linear.weight.data.clone() for linear in fold.linears]
-        s_x = fold.tie(x.magnitude / x.tokens).clamp(min=1e-4)
+    def _search_scale(self, fold: Fold, x: Activations) -> Tensor:
+        """The s with the smallest error of the linears' outputs (equation 4); or ones."""
+        s_x = fold.tie(x.magnitude / max(x.tokens, 1)).clamp(min=1e-4)
         s_w = fold.tie(torch.stack([relative_magnitude(m) for m in fold.linears]).mean(0))
         alphas = torch.linspace(0, 1, self.config.grid + 1).tolist()
         choices = [torch.ones_like(s_x), *(s_x**a for a in alphas[1:])]
         if self.config.duo:
             choices += [s_x**a / s_w ** (1 - a) for a in alphas]
-        choices = [s / (s.max() * s.min()).sqrt() for s in choices]
         best, least = choices[0], torch.inf
-        with restored(fold.linears):
-            for s in choices:
-                for linear, w in zip(fold.linears, weights, strict=True):
-                    linear.weight.data = rounded(w * s, quantizer_of(linear)) / s
-                if calls is not None:
-                    error = calls.error(fold.block)
-                else:
-                    delta = fold.linears[0].weight.data - weights[0]
-                    error = float(output_error(delta, x.gram).sum())
-                if error < least:
-                    best, least = s, error
+        for choice in choices:
+            s = choice / (choice.max() * choice.min()).sqrt()
+            error = 0.0
+            for linear in fold.linears:
+                w = linear.weight.data
+                delta = rounded(w * s, quantizer_of(linear)) / s - w
+                error += float(output_error(delta, x.gram).sum())
+            if error < least:
+                best, least = s, error
         return best
 
-    def _round(
-        self, linear: nn.Linear, x: Activations, unclipped: slice, dtype: torch.dtype
-    ) -> QuantLinear:
-        """Round the weights in the ranges that give the linear the smallest output error."""
+    def _ranges(self, linear: nn.Linear, gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scales and zero points with the smallest output error, clipped or whole, row by row.
+
+        Both are (out_features, groups): float32 as they will be stored, and whole numbers.
+        """
+        quantizer, w = quantizer_of(linear), linear.weight.data
+        choices = [quantizer.find_qparams(w), clip(w, gram, quantizer, self.config.clip_grid)]
+        choices = [(s.to(dtype).float(), z) for s, z in choices]
+        plain, clipped = (output_error(quantizer.fake_quantize(w, *q) - w, gram) for q in choices)
+        better = (clipped < plain)[:, None]
+        (s, z), (clipped_s, clipped_z) = choices
+        return torch.where(better, clipped_s, s), torch.where(better, clipped_z, z)
+
+    def _replace(
+        self, module: nn.Module, linear: nn.Linear, qparams: tuple[Tensor, Tensor]
+    ) -> None:
+        """Put a QuantLinear of the linear's weights, rounded, in its place in `module`."""
         quantizer = quantizer_of(linear)
-        w = linear.weight.data
-        plain = quantizer.find_qparams(w)
-        clipped = clip(w, x.gram, quantizer, self.config.clip_grid)
-        # Codes are chosen for the scales as they will be stored.
-        plain, clipped = ((s.to(dtype).float(), z) for s, z in (plain, clipped))
-        errors = [
-            output_error(quantizer.fake_quantize(w, *q) - w, x.gram) for q in (plain, clipped)
-        ]
-        better = errors[1] < errors[0]
-        better[unclipped] = False
-        scales, zero_points = (
-            torch.where(better[:, None], c, p) for p, c in zip(plain, clipped, strict=True)
-        )
-        return QuantLinear.from_module(
+        name = next(name for name, found in module.named_modules() if found is linear)
+        quantized = QuantLinear.from_module(
             linear,
             bits=quantizer.bits,
             symmetric=quantizer.symmetric,
             group_size=quantizer.group_size,
-            scales=scales,
-            zero_points=zero_points,
+            scales=qparams[0],
+            zero_points=qparams[1],
         )
+        module.set_submodule(name, quantized)
 
 
 @contextmanager
 def watched(
-    readers: list[list[nn.Linear]], blocks: set[nn.Module], search_tokens: int
-) -> Iterator[tuple[dict[nn.Linear, Activations], dict[nn.Module, Calls]]]:
-    """Record the inputs of linears, shared by those that read the same, and calls of blocks."""
-    calls = {block: Calls(search_tokens) for block in blocks}
-    inputs: dict[nn.Linear, Activations] = {}
-    hooks = []
-    for linears in readers:
+    groups: list[list[nn.Linear]],
+) -> Iterator[list[tuple[list[nn.Linear], Activations]]]:
+    """Record the inputs of linears, once for those that read the same."""
+    readers, hooks = [], []
+    turns = count()
+    for linears in groups:
         n, device = linears[0].in_features, linears[0].weight.device
-        x = Activations(torch.zeros(n, n, device=device), torch.zeros(n, device=device))
-        inputs |= dict.fromkeys(linears, x)
-        hooks.append(linears[0].register_forward_pre_hook(lambda _, args, x=x: x.add(args[0])))
-    for block, record in calls.items():
-        hooks.append(
-            block.register_forward_hook(
-                lambda _, args, kwargs, output, record=record: record.add(args, kwargs, output),
-                with_kwargs=True,
-            )
-        )
+        seen = Activations(torch.zeros(n, n, device=device), torch.zeros(n, device=device))
+        readers.append((linears, seen))
+
+        def record(_: nn.Module, args: tuple, seen: Activations = seen) -> None:
+            if not seen.tokens:
+                seen.turn = next(turns)
+            seen.add(args[0])
+
+        hooks.append(linears[0].register_forward_pre_hook(record))
     try:
-        yield inputs, calls
+        yield readers
     finally:
         for hook in hooks:
             hook.remove()

@@ -25,8 +25,6 @@ class Fold:
     """All readers of the input."""
     source: Any
     """A norm of n channels, or a linear."""
-    block: nn.Module
-    """The module whose output shows the error of the linears' weights."""
     rows: slice = field(default_factory=lambda: slice(None))
     """Rows of a linear source that make the input: the v of a packed qkv, the up of a gate_up."""
     repeats: int = 1
@@ -116,16 +114,16 @@ def candidates(wrapper: ModelWrapper, layer: LayerWrapper) -> Iterator[list[Fold
     attn_in, attn_out = _linears(layer.get_attention_inputs), _linears(layer.get_attention_outputs)
     mlp_in, mlp_out = _linears(layer.get_mlp_inputs), _linears(layer.get_mlp_outputs)
     if attn_in:
-        yield [Fold(attn_in, norm, layer.attn) for norm in _norm(layer.get_first_layer_norm)]
+        yield [Fold(attn_in, norm) for norm in _norm(layer.get_first_layer_norm)]
     if attn_in and attn_out:
         yield _value_folds(wrapper, attn_in[-1], attn_out[0])
     if mlp_in:
-        yield [Fold(mlp_in, norm, layer.mlp) for norm in _norm(layer.get_second_layer_norm)]
+        yield [Fold(mlp_in, norm) for norm in _norm(layer.get_second_layer_norm)]
     if mlp_in and mlp_out:
         out, n = mlp_out[0], mlp_out[0].in_features
         rows = slice(-n, None)  # a packed gate_up has up last
         fits = [m for m in reversed(mlp_in) if m.out_features in (n, 2 * n)]
-        yield [Fold([out], m, out, rows) for m in fits]
+        yield [Fold([out], m, rows) for m in fits]
 
 
 def _value_folds(wrapper: ModelWrapper, v: nn.Linear, o: nn.Linear) -> list[Fold]:
@@ -133,7 +131,7 @@ def _value_folds(wrapper: ModelWrapper, v: nn.Linear, o: nn.Linear) -> list[Fold
     size = wrapper.num_key_value_heads * wrapper.head_dim
     if v.out_features < size or o.in_features % size:
         return []
-    return [Fold([o], v, o, slice(-size, None), o.in_features // size, wrapper.head_dim)]
+    return [Fold([o], v, slice(-size, None), o.in_features // size, wrapper.head_dim)]
 
 
 def leaves_unchanged(
@@ -152,15 +150,3 @@ def leaves_unchanged(
         fold.apply(s, dtype)
         found = run()
     return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
-
-
-def query_key_rows(wrapper: ModelWrapper, layer: LayerWrapper) -> dict[nn.Linear, slice]:
-    """Rows of the linears that make queries and keys.
-
-    Their error shows in the attention's weights and not in proportion to the output's, so they are
-    not clipped.
-    """
-    found = _linears(layer.get_attention_inputs)
-    if len(found) == 1:
-        return {found[0]: slice(-wrapper.num_key_value_heads * wrapper.head_dim)}
-    return dict.fromkeys(found[:2], slice(None))

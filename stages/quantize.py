@@ -14,7 +14,7 @@ from stages.params import GROUP_SIZES, Params, Quantize
 if TYPE_CHECKING:
     from olive.data.config import DataConfig
 
-BATCH_TOKENS = 512  # enough to keep the matrix products busy, and what Awq compares blocks on
+BATCH_TOKENS = 512  # enough to keep the matrix products busy
 
 
 def main(params: Params) -> None:
@@ -28,7 +28,7 @@ def quantize(base: Path, calibration: Path, out: Path, params: Quantize) -> None
 
     Args:
         base: Hugging Face folder with safetensors weights and a tokenizer.
-        calibration: JSONL that awq and gptq measure activations on.
+        calibration: JSONL that best, awq and gptq measure activations on.
         out: folder to write. Has all that later stages need; with algorithm `none` it is a copy.
         params: the `quantize` section.
 
@@ -49,10 +49,10 @@ def quantize(base: Path, calibration: Path, out: Path, params: Quantize) -> None
         "group_size": params.group_size,
         "sym": params.symmetric,
     }
-    if params.algorithm in ("awq", "gptq"):
+    if params.algorithm in ("best", "awq", "gptq"):
         config["data_config"] = calibration_data(base, calibration, params)
     quantizer = create_pass_from_dict(pass_class(params.algorithm), config, disable_search=True)
-    if params.algorithm == "awq":
+    if params.algorithm in ("best", "awq"):
         quantizer.progress = stage.progress
     else:
         stage.progress(0, 1, f"quantizing with {params.algorithm}")
@@ -63,6 +63,7 @@ def quantize(base: Path, calibration: Path, out: Path, params: Quantize) -> None
 def pass_class(algorithm: str) -> type:
     """The Olive pass of an algorithm; only its own module is imported, since each costs time."""
     module, name = {
+        "best": ("passes.best", "Best"),
         "awq": ("passes.awq", "Awq"),
         "gptq": ("olive.passes.pytorch.gptq", "Gptq"),
         "rtn": ("olive.passes.pytorch.rtn", "Rtn"),

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from stages.errors import UserError
+from flows import talk
+from flows.console import Json, console, in_project, print_json, stop, without_gc
 
 app = typer.Typer(
     help="Turn a small language model and a file of examples into a tested on-device model.",
@@ -25,41 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 MARKS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
-
-
-@contextmanager
-def in_project() -> Iterator[Path]:
-    """Work in the project's folder; a user's mistake ends the command with its message."""
-    from tasks import bridge
-
-    try:
-        root = bridge.find_root()
-        os.chdir(root)
-        yield root
-    except UserError as error:
-        _stop(str(error))
-
-
-@contextmanager
-def without_gc() -> Iterator[None]:
-    """For imports and short work: a quarter of their time goes into collecting what they keep."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _stop(message: str, code: int = 1) -> NoReturn:
-    typer.echo(f"olivepress: {message}", err=True)
-    raise typer.Exit(code)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -91,13 +52,13 @@ def _pipeline(root: Path, values: dict[str, Any], as_json: bool, verbose: bool) 
     try:
         state = _run_flow(values)
     except KeyboardInterrupt:
-        _stop("stopped; what was finished is kept", 130)
+        stop("stopped; what was finished is kept", 130)
     url = f"{server.ui_url(api)}/runs/flow-run/{state.state_details.flow_run_id}"
     if as_json:
         rows = [asdict(row) for row in state.result(raise_on_failure=False) or []]
-        _print_json({"stages": rows, "metrics": summary.metrics(root), "url": url})
+        print_json({"stages": rows, "metrics": summary.metrics(root), "url": url})
     if not state.is_completed():
-        _stop(f"{state.message}\nThis run: {url}")
+        stop(f"{state.message}\nThis run: {url}")
     if not as_json:
         console.print()
         found = summary.metrics(root)
@@ -139,7 +100,7 @@ def status(as_json: Json = False) -> None:
         params.load()
         needs = bridge.status(root)
         if as_json:
-            _print_json({name: asdict(need) for name, need in needs.items()})
+            print_json({name: asdict(need) for name, need in needs.items()})
             return
         for name, need in needs.items():
             if need.action == "unchanged":
@@ -150,87 +111,8 @@ def status(as_json: Json = False) -> None:
                 console.print("; ".join(need.reasons), markup=False)
 
 
-Adapter = Annotated[
-    str | None, typer.Option(help="An adapter's name, or none.", show_default=False)
-]
-Length = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    adapter: Adapter = None,
-    max_new_tokens: Length = 128,
-    as_json: Json = False,
-) -> None:
-    """Answer one prompt with the packaged model, token by token. Default: its only adapter."""
-    with in_project():
-        session = _session()
-        name = _choose(session.adapters, adapter)
-        pieces = []
-        for piece in session.stream(prompt, name, max_new_tokens=max_new_tokens):
-            pieces.append(piece)
-            if not as_json:
-                print(piece, end="", flush=True)
-        if as_json:
-            _print_json({"prompt": prompt, "adapter": name, "answer": "".join(pieces)})
-        else:
-            print()
-
-
-@app.command()
-def chat(adapter: Adapter = None, max_new_tokens: Length = 128) -> None:
-    """Talk with the packaged model line by line; /adapter NAME switches, /adapter none, /quit."""
-    with in_project():
-        session = _session()
-        name = _choose(session.adapters, adapter)
-        prompts = sys.stdin.isatty()
-        while True:
-            try:
-                line = input(f"{name or 'none'}> " if prompts else "").strip()
-            except (EOFError, KeyboardInterrupt):
-                break
-            if line == "/quit":
-                break
-            if line.startswith("/adapter"):
-                name = _switch(session.adapters, line.removeprefix("/adapter").strip(), name)
-            elif line.startswith("/"):
-                typer.echo("commands: /adapter NAME, /adapter none, /quit", err=True)
-            elif line:
-                for piece in session.stream(line, name, max_new_tokens=max_new_tokens):
-                    print(piece, end="", flush=True)
-                print()
-
-
-def _switch(adapters: list[str], wanted: str, now: str | None) -> str | None:
-    try:
-        name = _choose(adapters, wanted or None)
-    except UserError as error:
-        typer.echo(str(error), err=True)
-        return now
-    typer.echo(f"adapter: {name or 'none'}", err=True)
-    return name
-
-
-def _session() -> Any:
-    from stages.generation import Session
-    from stages.stage import PACKAGE
-
-    if not (PACKAGE / "genai_config.json").exists():
-        raise UserError(f"{PACKAGE} is not there yet; olivepress run makes it")
-    return Session(PACKAGE)
-
-
-def _choose(adapters: list[str], wanted: str | None) -> str | None:
-    """The adapter to use: the one named, or the only one there is."""
-    if wanted == "none":
-        return None
-    if wanted is None and len(adapters) == 1:
-        return adapters[0]
-    if wanted not in adapters:
-        known = ", ".join([*adapters, "none"])
-        raise UserError(f"--adapter {wanted or ''}: choose one of {known}".replace("  ", " "))
-    return wanted
+app.command()(talk.generate)
+app.command()(talk.chat)
 
 
 @app.command()
@@ -245,7 +127,7 @@ def lineage(
 
         chain = origins.trace(root, path)
         if as_json:
-            _print_json([asdict(origin) for origin in chain])
+            print_json([asdict(origin) for origin in chain])
             return
         for origin in chain:
             _print_origin(origin)
@@ -283,7 +165,7 @@ def doctor(as_json: Json = False) -> None:
 
         found = checks.report(root)
         if as_json:
-            _print_json([asdict(check) for check in found])
+            print_json([asdict(check) for check in found])
         else:
             table = Table(box=None, show_header=False, pad_edge=False)
             for check in found:
@@ -321,7 +203,7 @@ def demo() -> None:
     """Run everything, then ask one travel question with the adapter off and on."""
     with in_project() as root:
         url = _pipeline(root, {}, as_json=False, verbose=False)
-        session = _session()
+        session = talk.open_session()
         console.print(f"\n[bold]{DEMO_QUESTION}[/]")
         for label, name in (("adapter off", None), ("adapter on", session.adapters[0])):
             console.print(f"  [dim]{label:<12}[/]", end="")

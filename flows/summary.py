@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import params
+from stages.card import shown
 from stages.stage import LINEAGE, METRICS, read_json
 
 
@@ -63,8 +64,8 @@ def model_rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, st
                 (
                     adapter,
                     label,
-                    f"{figures['perplexity']:.3f}",
-                    f"{figures['exact_answer_rate']:.1%}",
+                    shown(figures, "perplexity", ".3f"),
+                    shown(figures, "exact_answer_rate", ".1%"),
                     f"{plus}{values['size_mb'][size]:.1f} MB" if size else "",
                 )
             )
@@ -72,15 +73,21 @@ def model_rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, st
 
 
 def remarks(found: dict[str, dict[str, Any]]) -> list[str]:
-    """A sentence of speed and agreement for each adapter."""
-    return [
-        f"{adapter}: PyTorch and ONNX choose the same token in "
-        f"{values['agreement']['top1']:.1%} of places (mean KL {values['agreement']['mean_kl']}); "
-        f"{values['speed']['adapter_on']['tokens_per_second']:,.0f} tokens/s with the adapter, "
-        f"{values['speed']['adapter_off']['tokens_per_second']:,.0f} without, "
-        f"{values['speed']['peak_rss_mb']:,.0f} MB of memory."
-        for adapter, values in found.items()
-    ]
+    """A sentence of speed and agreement for each adapter, or why they were not measured."""
+    return [f"{adapter}: {_remark(values)}" for adapter, values in found.items()]
+
+
+def _remark(values: dict[str, Any]) -> str:
+    if values["not_measured"]:
+        return f"not measured on this machine: {values['not_measured']}"
+    agreement, speed = values["agreement"], values["speed"]
+    return (
+        f"PyTorch and ONNX choose the same token in {shown(agreement, 'top1', '.1%')} of places "
+        f"(mean KL {shown(agreement, 'mean_kl', '')}); "
+        f"{shown(speed['adapter_on'], 'tokens_per_second', ',.0f')} tokens/s with the adapter, "
+        f"{shown(speed['adapter_off'], 'tokens_per_second', ',.0f')} without, "
+        f"{shown(speed, 'peak_rss_mb', ',.0f')} MB of memory."
+    )
 
 
 HEADER = ("adapter", "model", "perplexity", "exact answers", "size")
@@ -90,12 +97,12 @@ def table(found: dict[str, dict[str, Any]]) -> Any:
     """The metrics for a terminal."""
     from rich.table import Table
 
-    shown = Table(box=None, pad_edge=False, header_style="bold")
+    grid = Table(box=None, pad_edge=False, header_style="bold")
     for name in HEADER:
-        shown.add_column(name, justify="left" if name in ("adapter", "model") else "right")
+        grid.add_column(name, justify="left" if name in ("adapter", "model") else "right")
     for cells in model_rows(found):
-        shown.add_row(*cells)
-    return shown
+        grid.add_row(*cells)
+    return grid
 
 
 def publish(root: Path, rows: list[Row]) -> None:

@@ -168,6 +168,39 @@ def test_ui_and_down(toy: Path, tmp_path: Path) -> None:
     assert not (toy / "prefect.toml").exists()
 
 
+MEASURED = {"perplexity": 4.0, "exact_answer_rate": 0.5}
+FIGURES = {
+    "not_measured": None,
+    "base": {"perplexity": None, "exact_answer_rate": 0.0},
+    "quantized": MEASURED,
+    "quantized_lora": MEASURED,
+    "onnx_off": MEASURED,
+    "onnx_on": MEASURED,
+    "agreement": {"top1": 1.0, "mean_kl": None, "tokenizer": 1.0},
+    "speed": {
+        "adapter_off": {"tokens_per_second": 2000.0, "time_to_first_token_ms": 3.0},
+        "adapter_on": {"tokens_per_second": 1000.0, "time_to_first_token_ms": 4.0},
+        "peak_rss_mb": 80.0,
+    },
+    "size_mb": {"base": 8.0, "quantized": 4.0, "onnx": 5.0, "adapter": 1.0},
+}
+
+
+def test_run_shows_figures_that_are_not_finite_or_not_measured(toy: Path, api: str) -> None:
+    """Either was a TypeError at the end of a run."""
+    (toy / "metrics").mkdir()
+    metrics = toy / "metrics/travel.json"
+    metrics.write_text(json.dumps(FIGURES))
+    said = sh("olivepress", "run", cwd=toy, PREFECT_API_URL=api).stdout
+    assert re.search(r"base model +not finite +0\.0% +8\.0 MB", said)
+    assert "mean KL not finite" in said and "1,000 tokens/s with the adapter" in said
+    none = dict.fromkeys(["onnx_off", "onnx_on", "agreement", "speed"])
+    metrics.write_text(json.dumps(FIGURES | none | {"not_measured": "no such provider"}))
+    said = sh("olivepress", "run", cwd=toy, PREFECT_API_URL=api).stdout
+    assert re.search(r"ONNX, adapter on +not measured +not measured +\+1\.0 MB", said)
+    assert "travel: not measured on this machine: no such provider" in said
+
+
 def test_generate_before_there_is_a_package(toy: Path) -> None:
     done = sh("olivepress", "generate", "hello", cwd=toy, check=False)
     assert done.returncode == 1 and "olivepress run makes it" in done.stderr

@@ -1,0 +1,51 @@
+"""What the commands share: the project's folder, JSON, and how a command ends."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from stages.errors import UserError
+
+console = Console(highlight=False, soft_wrap=True)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@contextmanager
+def in_project() -> Iterator[Path]:
+    """Work in the project's folder; a user's mistake ends the command with its message."""
+    from tasks import bridge
+
+    try:
+        root = bridge.find_root()
+        os.chdir(root)
+        yield root
+    except UserError as error:
+        stop(str(error))
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """For imports and short work: a quarter of their time goes into collecting what they keep."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def stop(message: str, code: int = 1) -> NoReturn:
+    typer.echo(f"olivepress: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.errors import UserError
 from stages.gates import check_gates
-from stages.params import Params
-from stages.rows import read_prepared
+from stages.params import Evaluate, Params
+from stages.rows import read_halves, read_prepared
 from stages.stage import (
     ADAPTERS,
     BASE,
@@ -44,7 +44,8 @@ ANSWERS = 3
 def main(params: Params, adapter: str) -> None:
     """Write metrics/NAME.json and plots/perplexity/NAME.csv, then check params.gates.
 
-    Perplexity and exact answers are those of stages/scoring.py. Sizes are of whole folders, in MB
+    Perplexity and exact answers are those of stages/scoring.py; `text_perplexity` is that of
+    params.evaluate.text, which the base model knows. Sizes are of whole folders, in MB
     of 10^6 bytes. A number that is not finite is null in the file. Where models/onnx is for another
     machine, what needs it is null, and `not_measured` says why.
 
@@ -68,7 +69,7 @@ def main(params: Params, adapter: str) -> None:
         "prompt_template": read_json(PREPARED / adapter / "report.json")["prompt_template"],
     }
     progress(1, 4, "speed not measured" if reason else "speed measured")
-    metrics |= compare(rows, adapter, params.evaluate.max_new_tokens, with_onnx=not reason)
+    metrics |= compare(rows, adapter, params.evaluate, with_onnx=not reason)
     with new_output(METRICS / f"{adapter}.json") as out:
         write_json(out, finite(metrics))
     with new_output(PLOTS / "perplexity" / f"{adapter}.csv") as out:
@@ -124,31 +125,37 @@ def bars(metrics: dict) -> str:
     return "\n".join(["model,perplexity", *lines, ""])
 
 
-def compare(rows: list[dict], adapter: str, max_new_tokens: int, with_onnx: bool) -> dict:
-    """Scores of the five `MODELS`, agreement of the last PyTorch one with ONNX, some answers."""
+def compare(rows: list[dict], adapter: str, params: Evaluate, with_onnx: bool) -> dict:
+    """Scores of the five `MODELS`, agreement of the last PyTorch one with ONNX, some answers.
+
+    Raises:
+        UserError: the adapter cannot be switched on and off.
+    """
     from transformers import AutoTokenizer
 
     from passes.lora import load_adapted
-    from stages.scoring import encode, score, torch_logits
+    from stages.scoring import encode, excerpts, score, torch_logits
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     examples = encode(tokenizer, rows)
-    shown = rows[:ANSWERS]
+    texts = read_halves(Path(params.text), tokenizer)
+    text = excerpts(tokenizer, texts, params.text_tokens, window_length())
+    if not text:
+        raise UserError(f"{params.text}: no text of two tokens or more; see evaluate.text")
+    known: dict[str, float | None] = {"base": None, "quantized": None, "onnx_off": None}
+    figures: dict[str, Any] = {"rows": len(rows), "text_perplexity": known}
 
     base = load_adapted(BASE, None)
-    figures: dict[str, Any] = {"rows": len(rows)}
     figures["base"] = score(examples, torch_logits(base, examples))
-    answers = torch_answers(base, tokenizer, shown, max_new_tokens)
-    figures["answers"] = [
-        {"prompt": row["prompt"], "expected": row["response"], "base": answer}
-        for row, answer in zip(shown, answers, strict=True)
-    ]
+    known["base"] = score(text, torch_logits(base, text))["perplexity"]
+    figures["answers"] = answers(base, tokenizer, rows[:ANSWERS], params.max_new_tokens)
     del base
     progress(2, 4, "base model scored")
 
     adapted: Any = load_adapted(QUANTIZED, ADAPTERS / adapter)
     with adapted.disable_adapter():
         figures["quantized"] = score(examples, torch_logits(adapted, examples))
+        known["quantized"] = score(text, torch_logits(adapted, text))["perplexity"]
     progress(3, 4, "quantized model scored")
 
     if not with_onnx:
@@ -157,31 +164,60 @@ def compare(rows: list[dict], adapter: str, max_new_tokens: int, with_onnx: bool
     from stages.generation import Session
     from stages.scoring import onnx_logits
 
+    plain = Session(ONNX, {})
+    figures["onnx_off"] = score(examples, onnx_logits(plain, examples, None))
+    known["onnx_off"] = score(text, onnx_logits(plain, text, None))["perplexity"]
     session = Session(ONNX, {adapter: ADAPTERS / f"{adapter}.onnx_adapter"})
-    figures["onnx_off"] = score(examples, onnx_logits(session, examples, None))
+    check_switch(plain, session, examples[0], adapter)
     figures |= side_by_side(adapted, session, examples, adapter)
-    texts = [row["text_prompt"] for row in rows]
-    ids = tokenizer(texts, add_special_tokens=False).input_ids
-    same = sum(session.encode(text) == own for text, own in zip(texts, ids, strict=True))
+    prompts = [row["text_prompt"] for row in rows]
+    ids = tokenizer(prompts, add_special_tokens=False).input_ids
+    same = sum(session.encode(text) == own for text, own in zip(prompts, ids, strict=True))
     figures["agreement"]["tokenizer"] = round(same / len(rows), 4)
-    for answer, text in zip(figures["answers"], texts, strict=False):
+    for answer, prompt in zip(figures["answers"], prompts, strict=False):
         for name, which in (("onnx_off", None), ("onnx_on", adapter)):
-            answer[name] = "".join(session.stream_text(text, which, max_new_tokens))
+            answer[name] = "".join(session.stream_text(prompt, which, params.max_new_tokens))
     progress(4, 4, "ONNX model scored")
     return figures
 
 
-def torch_answers(
+def window_length() -> int:
+    """Tokens of a text that are scored together: 512, or as many as the model takes."""
+    return min(512, read_json(BASE / "config.json").get("max_position_embeddings", 512))
+
+
+def check_switch(plain: Session, session: Session, example: Example, adapter: str) -> None:
+    """The adapter changes the scores, and switched off again it leaves no trace.
+
+    Args:
+        plain: the model without adapters.
+        session: the same model with the adapter loaded.
+        example: what both are given.
+        adapter: its name in `session`.
+
+    Raises:
+        UserError: one of the two does not hold.
+    """
+    expected, on = plain.logits(example.ids), session.logits(example.ids, adapter)
+    if (on == expected).all():
+        raise UserError(f"adapter {adapter} changes nothing: look at finetune@{adapter}")
+    if (session.logits(example.ids) != expected).any():
+        raise UserError(
+            f"{ONNX}: with adapter {adapter} off the base's own scores do not come back"
+        )
+
+
+def answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_new_tokens: int
-) -> list[str]:
-    """Greedy answers of a transformers model."""
-    answers = []
+) -> list[dict[str, str]]:
+    """Prompts, the answers expected, and a transformers model's greedy ones."""
+    found = []
     for row in rows:
         ids = tokenizer(row["text_prompt"], add_special_tokens=False, return_tensors="pt")
         out = model.generate(**ids.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
-        text = tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
-        answers.append(str(text))
-    return answers
+        text = str(tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
+        found.append({"prompt": row["prompt"], "expected": row["response"], "base": text})
+    return found
 
 
 def side_by_side(adapted: Any, session: Session, examples: list[Example], adapter: str) -> dict:
@@ -211,10 +247,13 @@ def side_by_side(adapted: Any, session: Session, examples: list[Example], adapte
 
 def table(metrics: dict) -> str:
     """What a person wants to see first, as text in columns."""
-    lines = [f"{'':16}{'perplexity':>12}{'exact answers':>15}"]
+    lines = [f"{'':16}{'perplexity':>12}{'exact answers':>15}{'on known text':>15}"]
     for name in filter(metrics.get, MODELS):
-        row = metrics[name]
-        lines.append(f"{name:16}{row['perplexity']:12.3f}{row['exact_answer_rate']:15.1%}")
+        row, known = metrics[name], metrics["text_perplexity"].get(name)
+        lines.append(
+            f"{name:16}{row['perplexity']:12.3f}{row['exact_answer_rate']:15.1%}"
+            + (f"{known:15.3f}" if known is not None else "")
+        )
     if metrics["not_measured"]:
         return "\n".join([*lines, f"onnx not measured: {metrics['not_measured']}"])
     agreement, speed = metrics["agreement"], metrics["speed"]

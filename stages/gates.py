@@ -14,9 +14,20 @@ def check_gates(metrics: dict, gates: Gates, adapter: str) -> None:
     A figure that was not measured, or is no finite number, meets no gate.
     """
     checks = {
-        "max_quantized_perplexity_ratio": (ratio(metrics, "quantized", "base"), "quantize"),
+        "max_quantized_perplexity_ratio": (
+            quotient(metrics["text_perplexity"]["quantized"], metrics["text_perplexity"]["base"]),
+            "quantize",
+        ),
+        "max_onnx_perplexity_ratio": (
+            quotient(
+                metrics["text_perplexity"]["onnx_off"], metrics["text_perplexity"]["quantized"]
+            ),
+            "export (lm_head, accuracy_level)",
+        ),
         "max_adapter_perplexity_ratio": (
-            ratio(metrics, "onnx_on", "onnx_off"),
+            quotient(
+                figure(metrics, "onnx_on", "perplexity"), figure(metrics, "onnx_off", "perplexity")
+            ),
             f"finetune@{adapter}",
         ),
         "min_top1_agreement": (
@@ -58,9 +69,8 @@ def figure(metrics: dict, part: str, name: str) -> float | None:
     return None if metrics[part] is None else metrics[part][name]
 
 
-def ratio(metrics: dict, one: str, other: str) -> float | None:
-    """One model's perplexity over another's; nan unless both are finite."""
-    a, b = figure(metrics, one, "perplexity"), figure(metrics, other, "perplexity")
+def quotient(a: float | None, b: float | None) -> float | None:
+    """a / b; None unless both were measured, nan unless both are finite."""
     if a is None or b is None:
         return None
     return a / b if math.isfinite(a) and math.isfinite(b) else math.nan

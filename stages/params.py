@@ -136,7 +136,7 @@ class Export(Section):
     provider: Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
     """onnxruntime execution provider."""
     lm_head: Literal["float", "int8", "int4"]
-    """Precision of the output head, which the quantizers leave in float."""
+    """Precision of the output head of a quantized model, which the quantizers leave in float."""
     accuracy_level: Literal[1, 4]
     """MatMulNBits arithmetic: 1 float32, 4 int8."""
 
@@ -157,11 +157,17 @@ class Evaluate(Section):
     """Longest generated answer, in tokens."""
     speed_tokens: int = Field(ge=2)
     """Tokens generated to measure speed."""
+    text: str
+    """JSON Lines file of text that the base model knows."""
+    text_tokens: int = Field(ge=2)
+    """Tokens of it that are scored."""
 
 
 class Gates(Section):
     max_quantized_perplexity_ratio: float | None = Field(gt=0)
-    """Quantized over base."""
+    """Quantized over base, on `evaluate.text`."""
+    max_onnx_perplexity_ratio: float | None = Field(gt=0)
+    """ONNX without an adapter over quantized, on `evaluate.text`."""
     max_adapter_perplexity_ratio: float | None = Field(gt=0)
     """ONNX with the adapter over ONNX without."""
     min_top1_agreement: float | None = Field(ge=0, le=1)

@@ -14,13 +14,19 @@ from stages.params import GROUP_SIZES, Params, Quantize
 if TYPE_CHECKING:
     from olive.data.config import DataConfig
 
+ERROR_TOKENS = 256  # on which layers are compared
 BATCH_TOKENS = 512  # enough to keep the matrix products busy
 
 
 def main(params: Params) -> None:
-    """Write models/quantized."""
+    """Write models/quantized, and plots/quantize.csv with the error after each layer."""
+    text = Path(params.quantize.calibration_data)
     with stage.new_output(stage.QUANTIZED) as out:
-        quantize(stage.BASE, Path(params.quantize.calibration_data), out, params.quantize)
+        quantize(stage.BASE, text, out, params.quantize)
+    with stage.new_output(stage.PLOTS / "quantize.csv") as out:
+        errors = layer_errors(stage.BASE, stage.QUANTIZED, text)
+        lines = [f"{i},{error:.6f}" for i, error in enumerate(errors, 1)]
+        out.write_text("\n".join(["layer,error", *lines, ""]), "utf-8")
 
 
 def quantize(base: Path, calibration: Path, out: Path, params: Quantize) -> None:
@@ -121,6 +127,30 @@ def calibration_data(base: Path, calibration: Path, params: Quantize) -> DataCon
             "quantize.calibration_seq_len, or add text"
         ) from None
     return data_config(sequences, batch_size=max(1, BATCH_TOKENS // length))
+
+
+def layer_errors(base: Path, quantized: Path, text: Path) -> list[float]:
+    """|h' - h| / |h| after each layer, h the hidden states of `base` and h' those of `quantized`.
+
+    On the first tokens of the text; norms are over all of them. The last are those after the final
+    norm, as transformers gives them.
+    """
+    import torch
+    from olive.model import HfModelHandler
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = rows.read_calibration(text, tokenizer)
+    documents = tokenizer(texts, add_special_tokens=False).input_ids
+    ids = torch.tensor([[token for document in documents for token in document][:ERROR_TOKENS]])
+    states = []
+    for folder in (base, quantized):
+        model = HfModelHandler(str(folder)).load_model(cache_model=False).eval()
+        with torch.inference_mode():
+            output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        states.append([h.float() for h in output.hidden_states[1:]])
+        del model, output
+    return [float((b - a).norm() / a.norm()) for a, b in zip(*states, strict=True)]
 
 
 def check(out: Path) -> None:

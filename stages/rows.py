@@ -70,12 +70,20 @@ def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str
     Raises:
         UserError: as `read_rows`.
     """
+    return ["".join(halves) for halves in read_halves(path, tokenizer)]
+
+
+def read_halves(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """The texts of `read_calibration` as what is given and what a model should go on with.
+
+    Nothing is given for a row with `text`.
+    """
     template = "chat" if tokenizer.chat_template else "{prompt}\n\n{response}"
 
-    def parse(line: int, row: dict) -> str:
+    def parse(line: int, row: dict) -> tuple[str, str]:
         if "text" in row or not {"prompt", "response"} & row.keys():
-            return _text(row, "text")
-        return "".join(render(tokenizer, template, _text(row, "prompt"), _text(row, "response")))
+            return "", _text(row, "text")
+        return render(tokenizer, template, _text(row, "prompt"), _text(row, "response"))
 
     return _read(path, parse)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -110,6 +111,28 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[Example
     ids = tokenizer(halves, add_special_tokens=False).input_ids
     pairs = zip(ids[::2], ids[1::2], strict=True)
     examples = [Example(prompt + response, len(prompt)) for prompt, response in pairs]
+    return sorted(examples, key=lambda example: len(example.ids))
+
+
+def excerpts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], tokens: int, length: int
+) -> list[Example]:
+    """Texts to score, what is given apart from what follows, at most `tokens` of the latter.
+
+    Taken in the order of a hash, cut into windows of `length`, and sorted as `encode` does. The
+    first token of a window is never scored.
+    """
+    examples: list[Example] = []
+    for given, following in sorted(texts, key=lambda t: sha256("".join(t).encode()).digest()):
+        before, after = tokenizer([given, following], add_special_tokens=False).input_ids
+        ids, start = before + after[:tokens], max(1, len(before))
+        for i in range(0, len(ids), length):
+            window = Example(ids[i : i + length], max(1, start - i))
+            if window.start < len(window.ids):
+                examples.append(window)
+                tokens -= len(window.targets)
+        if tokens <= 0:
+            break
     return sorted(examples, key=lambda example: len(example.ids))
 
 

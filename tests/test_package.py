@@ -118,6 +118,8 @@ def test_evaluate_agrees_with_itself(project):
     assert metrics["agreement"]["mean_kl"] < 1e-4
     assert metrics["agreement"]["tokenizer"] == 1.0
     assert metrics["base"] == metrics["quantized"]
+    text = metrics["text_perplexity"]
+    assert text["base"] == text["quantized"] == pytest.approx(text["onnx_off"], rel=1e-3)
     assert metrics["onnx_off"]["perplexity"] == pytest.approx(
         metrics["quantized"]["perplexity"], rel=1e-3
     )

@@ -12,11 +12,11 @@ import torch
 
 from stages.card import shown
 from stages.errors import UserError
-from stages.evaluate import bars, choose, finite, speed, table
+from stages.evaluate import bars, check_switch, choose, finite, speed, table
 from stages.gates import check_gates
 from stages.params import Gates
-from stages.scoring import Agreement, Example, Score, batches, encode, score, torch_logits
-from tests.models import save_model, token_sequences
+from stages.scoring import Agreement, Example, Score, batches, encode, excerpts, score, torch_logits
+from tests.models import save_model, save_tokenizer, token_sequences
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +101,51 @@ def test_what_is_not_finite_is_shown_and_written_as_json():
     assert written["quantized"]["perplexity"] is written["onnx_off"]["perplexity"] is None
     assert written["base"] == METRICS["base"] and written["answers"] == METRICS["answers"]
     assert bars(metrics) == "model,perplexity\nbase,2.0\nquantized_lora,3.5\nonnx_on,3.9\n"
-    assert re.search(r"^quantized +inf +0\.0%$", table(metrics), re.MULTILINE)
+    assert re.search(r"^quantized +inf +0\.0% +3\.000$", table(metrics), re.MULTILINE)
     assert shown(written["quantized"], "perplexity", ".3f") == "not finite"
     assert shown(written["base"], "perplexity", ".3f") == "2.000"
 
 
 def test_prompt_and_response_are_encoded_apart(tmp_path):
-    from models import save_tokenizer
-
     tokenizer = save_tokenizer(tmp_path)
     rows = [{"text_prompt": "<|user|>abc", "text_response": "d<|end|>"}]
     (example,) = encode(tokenizer, rows)
     assert (example.start, len(example.ids)) == (4, 6)
+
+
+def test_excerpts_score_what_follows_in_windows(tmp_path):
+    """One token a letter: what is given is not scored, nor the first token of a window."""
+    tokenizer = save_tokenizer(tmp_path)
+    found = excerpts(tokenizer, [("", "abcdefghij")], 100, 4)
+    assert sorted((len(e.ids), e.start) for e in found) == [(2, 1), (4, 1), (4, 1)]
+    found = excerpts(tokenizer, [("abcde", "fghij")], 100, 4)
+    assert sorted((len(e.ids), e.start) for e in found) == [(2, 1), (4, 1)]
+    found = excerpts(tokenizer, [("ab", "cd"), ("", "x"), ("a", "")], 100, 4)
+    assert [(len(e.ids), e.start) for e in found] == [(4, 2)]
+
+
+def test_excerpts_stop_at_the_tokens_wanted_and_do_not_depend_on_the_order(tmp_path):
+    tokenizer = save_tokenizer(tmp_path)
+    texts = [("ab", "cdef" * n) for n in range(1, 9)]
+    found = excerpts(tokenizer, texts, 20, 512)
+    assert 20 <= sum(len(e.targets) for e in found) < 20 + 32
+    assert excerpts(tokenizer, texts[::-1], 20, 512) == found
+
+
+def test_an_adapter_that_does_nothing_or_leaves_a_trace_is_refused():
+    class Fake:
+        def __init__(self, *scores: float) -> None:
+            self.scores = list(scores)
+
+        def logits(self, ids, adapter=None):
+            return np.full((2, 3), self.scores.pop(0), np.float32)
+
+    example = Example([1, 2], 1)
+    check_switch(Fake(1.0), Fake(2.0, 1.0), example, "travel")
+    with pytest.raises(UserError, match="adapter travel changes nothing: look at finetune@travel"):
+        check_switch(Fake(1.0), Fake(1.0, 1.0), example, "travel")
+    with pytest.raises(UserError, match="adapter travel off the base's own scores do not come"):
+        check_switch(Fake(1.0), Fake(2.0, 1.0001), example, "travel")
 
 
 def test_rows_are_the_same_ones_when_more_are_added(tmp_path):
@@ -129,6 +162,7 @@ METRICS = {
     "quantized_lora": {"perplexity": 3.5, "exact_answer_rate": 0.25},
     "onnx_off": {"perplexity": 4.0, "exact_answer_rate": 0.0},
     "onnx_on": {"perplexity": 3.9, "exact_answer_rate": 0.25},
+    "text_perplexity": {"base": 2.0, "quantized": 3.0, "onnx_off": 3.3},
     "agreement": {"top1": 0.9, "tokenizer": 0.75},
     "speed": {
         "adapter_on": {"tokens_per_second": 1.0, "time_to_first_token_ms": 1.0},
@@ -139,6 +173,7 @@ METRICS = {
 }
 GATES = {
     "max_quantized_perplexity_ratio": 1.25,
+    "max_onnx_perplexity_ratio": 1.005,
     "max_adapter_perplexity_ratio": 0.9,
     "min_top1_agreement": 0.95,
     "min_tokenizer_agreement": 1.0,
@@ -157,6 +192,8 @@ def test_each_gate_names_figure_limit_and_stage():
     assert str(error.value).splitlines() == [
         "gates.max_quantized_perplexity_ratio: 1.5000, and at most 1.25 is wanted; "
         "look at quantize",
+        "gates.max_onnx_perplexity_ratio: 1.1000, and at most 1.005 is wanted; "
+        "look at export (lm_head, accuracy_level)",
         "gates.max_adapter_perplexity_ratio: 0.9750, and at most 0.9 is wanted; "
         "look at finetune@travel",
         "gates.min_top1_agreement: 0.9000, and at least 0.95 is wanted; "
@@ -171,7 +208,7 @@ def test_gates_that_are_null_are_off_and_no_number_passes_none():
     check_gates(METRICS, Gates(**dict.fromkeys(GATES)), "travel")
     for model in ("base", "quantized"):  # over an infinite base the ratio would be 0
         for value in (math.nan, math.inf):
-            broken = METRICS | {model: {"perplexity": value}}
+            broken = METRICS | {"text_perplexity": METRICS["text_perplexity"] | {model: value}}
             with pytest.raises(UserError, match="ratio: no finite number, and at most"):
                 check_gates(broken, only("max_quantized_perplexity_ratio"), "travel")
 
@@ -179,6 +216,7 @@ def test_gates_that_are_null_are_off_and_no_number_passes_none():
 def test_a_gate_on_what_was_not_measured_fails_and_says_why():
     elsewhere = METRICS | {
         **dict.fromkeys(["onnx_off", "onnx_on", "agreement", "speed"]),
+        "text_perplexity": METRICS["text_perplexity"] | {"onnx_off": None},
         "not_measured": "models/onnx is for dml",
     }
     for name in list(GATES)[1:]:

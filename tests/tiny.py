@@ -36,6 +36,8 @@ def make_project(folder: Path, **changes: object) -> Path:
     save_model(folder / "tiny", "phi3")
     save_model(folder / "models/base", "phi3")
     (folder / "data").mkdir(exist_ok=True)
+    known = "".join(json.dumps({"text": f"{i} is less than {i + 1}."}) + "\n" for i in range(50))
+    (folder / "data/everyday.jsonl").write_text(known, "utf-8")
     return folder
 
 

@@ -1,0 +1,94 @@
+"""What the export's choices cost: precision of the output head and arithmetic of MatMulNBits.
+
+    python benchmarks/exports.py MODEL --calibration validation.txt --test test.txt
+
+MODEL is quantized once; every export of it is compared with it as PyTorch runs it in float32, on
+windows of 512 tokens of the test text. Speeds are those of this machine, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+from quantizers import WINDOW, machine, quantize
+from transformers import AutoTokenizer
+
+from passes.calibration import pack
+from passes.lora import load_adapted
+from stages.evaluate import size_mb
+from stages.export import export
+from stages.generation import Session
+from stages.params import Export
+from stages.scoring import Agreement, Example, Score, onnx_logits, torch_logits
+
+TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+PROMPT_TOKENS, SPEED_TOKENS = 128, 128
+
+
+def measure(args: argparse.Namespace) -> Iterator[str]:
+    """The rows of the table, as they are ready."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    documents = args.calibration.read_text("utf-8").split("<|endoftext|>")
+    sequences = pack(tokenizer(documents, add_special_tokens=False).input_ids, args.samples, WINDOW)
+    text = args.test.read_text("utf-8")
+    ids = tokenizer(text, add_special_tokens=False).input_ids[: args.tokens]
+    examples = [Example(ids[i : i + WINDOW], 1) for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    prompt = tokenizer.decode(ids[:PROMPT_TOKENS])
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        seconds = quantize(args.model, work, args.algorithm, args.group_size, sequences)
+        quantized = (work / "last").resolve()
+        model = load_adapted(quantized, None)
+        yield f"{args.algorithm}, group {args.group_size}, {seconds:.0f} s to quantize\n"
+        yield (
+            "| lm_head | accuracy_level | perplexity / PyTorch's | same top-1 | mean KL | MB | "
+            "tokens/s | first token ms |"
+        )
+        yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+        for head, level in product(("float", "int8", "int4"), (1, 4)):
+            out = work / f"{head}-{level}"
+            out.mkdir()
+            settings = Export(device="cpu", provider="cpu", lm_head=head, accuracy_level=level)
+            export(quantized, out, settings, TARGETS)
+            session = Session(out, {})
+            expected, found, agreement = Score(), Score(), Agreement()
+            pairs = zip(
+                torch_logits(model, examples), onnx_logits(session, examples, None), strict=True
+            )
+            for example, (p, q) in zip(examples, pairs, strict=True):
+                expected.add(p, example.targets)
+                found.add(q, example.targets)
+                agreement.add(p, q)
+            ratio = found.figures()["perplexity"] / expected.figures()["perplexity"]
+            same, speed = agreement.figures(), session.speed(prompt, None, SPEED_TOKENS)
+            yield (
+                f"| {head} | {level} | {ratio:.5f} | {same['top1']:.4f} | {same['mean_kl']:.6f} | "
+                f"{size_mb(out):.1f} | {speed['tokens_per_second']:.0f} | "
+                f"{speed['time_to_first_token_ms']:.0f} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=20_480)
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512")
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--algorithm", default="awq")
+    args = parser.parse_args()
+    names = ("onnxruntime", "onnxruntime-genai", "torch", "olive-ai")
+    print(", ".join(f"{name} {version(name)}" for name in names), f"on {machine()}")
+    for line in measure(args):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

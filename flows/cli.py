@@ -66,6 +66,8 @@ def _pipeline(root: Path, values: dict[str, Any], as_json: bool, verbose: bool) 
         for remark in summary.remarks(found):
             console.print(remark, style="dim")
         typer.echo(f"\nThis run: {url}")
+        if found:
+            typer.echo("Pictures: olivepress report --open")
     return url
 
 
@@ -109,6 +111,28 @@ def status(as_json: Json = False) -> None:
                 word = "restorable" if need.action == "restore" else "stale     "
                 console.print(f"[yellow]{word}[/]  {name}: ", end="")
                 console.print("; ".join(need.reasons), markup=False)
+
+
+@app.command()
+def report(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to.", show_default="report")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the figures, pictures, answers, gates and origins of what is there as one page."""
+    folder = Path.cwd() / out if out else None
+    with in_project() as root:
+        from flows import report as reports
+
+        written = reports.write(root, folder or root / reports.FOLDER)
+        if as_json:
+            print_json(written.as_json())
+        else:
+            typer.echo(written.page)
+        if open_:
+            typer.launch(written.page.as_uri())
 
 
 app.command()(talk.generate)

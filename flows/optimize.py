@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from graphlib import TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger
@@ -60,8 +61,19 @@ def optimize(overrides: dict[str, Any] | None = None) -> Any:
             rows.append(summary.row(stage, state, seconds))
             terminal.ended(rows[-1].stage, rows[-1].state, rows[-1].reason, seconds)
     summary.publish(root, rows)
+    if any(row.state != "Cached" for row in rows):
+        report(root)
     failed = [row.reason for row in rows if row.state not in ("Completed", "Cached")]
     return Failed(message=failed[0], data=rows) if failed else rows
+
+
+def report(root: Path) -> None:
+    """Write the report if there are figures; the work of a run is not lost to a picture."""
+    try:
+        if summary.metrics(root):
+            summary.publish_report(root)
+    except Exception as error:
+        get_run_logger().warning("no report was written: %s", error, exc_info=True)
 
 
 def check_time_limits(limits: Mapping[str, float], graph: Mapping[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,6 +118,31 @@ def publish(root: Path, rows: list[Row]) -> None:
     done = all(row.state in ("Completed", "Cached") for row in rows)
     text = markdown(rows, metrics(root) if done else {})
     create_markdown_artifact(text, key="summary", description="Stages and metrics")
+
+
+def publish_report(root: Path) -> None:
+    """Write the report, and leave a link to it and its main picture as artifacts of the flow run.
+
+    Browsers do not open a file from a server's page, so the link's text is the path itself.
+    """
+    from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
+    from flows import report
+
+    written = report.write(root, root / report.FOLDER)
+    create_link_artifact(
+        written.page.as_uri(),
+        str(written.page),
+        key="report",
+        description="A file on the machine of this run: copy the path into a browser there",
+    )
+    shown = [picture for picture in written.pictures if picture.about.name.startswith("perplexity")]
+    images = [f"![{p.about.title}](data:image/png;base64,{_base64(p.png)})" for p in shown]
+    create_markdown_artifact("\n\n".join(images), key="pictures", description="From the report")
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def markdown(rows: list[Row], found: dict[str, dict[str, Any]]) -> str:

@@ -1,0 +1,286 @@
+"""What a report says of one adapter: figures, pictures, answers and gates."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows import pictures
+from flows.pictures import About, Picture, finite
+from stages.card import shown
+from stages.errors import UserError
+from stages.gates import check_gates
+from stages.params import Gates
+from stages.stage import METRICS, PLOTS, read_json
+
+# Key in the metrics, label, whose size, taught or not.
+MODELS = [
+    ("base", "base", ["base"], False),
+    ("quantized", "quantized", ["quantized"], False),
+    ("quantized_lora", "quantized + LoRA", [], True),
+    ("onnx_off", "ONNX off", ["onnx"], False),
+    ("onnx_on", "ONNX on", ["onnx", "adapter"], True),
+]
+ON_TEXT = ("base", "quantized", "onnx_off")  # a taught model is not measured on the base's text
+# What stages/gates.py compares with a limit: one figure, or one over another.
+FIGURES: dict[str, tuple[str, ...]] = {
+    "max_quantized_perplexity_ratio": ("text_perplexity.quantized", "text_perplexity.base"),
+    "max_onnx_perplexity_ratio": ("text_perplexity.onnx_off", "text_perplexity.quantized"),
+    "max_adapter_perplexity_ratio": ("onnx_on.perplexity", "onnx_off.perplexity"),
+    "min_top1_agreement": ("agreement.top1",),
+    "min_tokenizer_agreement": ("agreement.tokenizer",),
+    "min_exact_answer_rate": ("onnx_on.exact_answer_rate",),
+}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit of params.yaml beside what was measured."""
+
+    name: str
+    figure: float | None
+    limit: float | None
+    verdict: str
+    """met, not met, not measured or off."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one adapter."""
+
+    name: str
+    metrics: dict[str, Any]
+    table: list[tuple[str, list[str], bool]]
+    """Label, cells and whether the model is taught."""
+    pictures: list[Picture]
+    answers: list[dict[str, Any]]
+    gates: list[Gate]
+
+    @property
+    def verdict(self) -> str:
+        """All gates in a few words."""
+        if not self.metrics:
+            return "not evaluated"
+        missed = [gate for gate in self.gates if gate.verdict in ("not met", "not measured")]
+        if missed:
+            return f"{len(missed)} of {len(self.gates)} gates not met"
+        return "all gates met" if any(g.verdict == "met" for g in self.gates) else "no gates set"
+
+
+def section(root: Path, name: str, limits: Gates) -> Section:
+    metrics = _json(root / METRICS / f"{name}.json")
+    found = [
+        perplexities(name, metrics),
+        size_against_perplexity(name, metrics),
+        loss(root, name),
+        speeds(name, metrics),
+    ]
+    return Section(
+        name,
+        metrics,
+        [(label, cells(metrics, key, sizes), taught) for key, label, sizes, taught in MODELS],
+        [picture for picture in found if picture],
+        [compared(answer) for answer in metrics.get("answers") or []],
+        gates(metrics, limits, name) if metrics else [],
+    )
+
+
+def cells(metrics: dict[str, Any], model: str, sizes: list[str]) -> list[str]:
+    """Perplexity on the rows, exact answers, perplexity on the base's text, MB."""
+    text = metrics.get("text_perplexity") or {}
+    known = shown(text if text.get(model) is not None else None, model, ".3f")
+    figures = metrics.get(model)
+    size = _size(metrics, sizes)
+    return [
+        shown(figures, "perplexity", ",.3f"),
+        shown(figures, "exact_answer_rate", ".1%"),
+        known if model in ON_TEXT else "",
+        f"{size:,.1f}" if size is not None else "not measured" if sizes else "",
+    ]
+
+
+def _size(metrics: dict[str, Any], parts: list[str]) -> float | None:
+    """Sum of the parts' sizes in MB."""
+    found = [(metrics.get("size_mb") or {}).get(part) for part in parts]
+    sizes = [size for size in found if finite(size)]
+    return sum(sizes) if sizes and len(sizes) == len(found) else None
+
+
+def compared(answer: dict[str, Any]) -> dict[str, Any]:
+    """Answers as (word, differs) pairs: the quantized one against the base's, the taught one
+    against the expected one; None where it was not measured."""
+    base, expected = answer.get("base"), answer.get("expected")
+    return {
+        "prompt": answer.get("prompt", ""),
+        "expected": expected,
+        "base": words(base, base),
+        "quantized": words(answer.get("onnx_off"), base),
+        "taught": words(answer.get("onnx_on"), expected),
+        "same_as_base": base is not None and answer.get("onnx_off") == base,
+        "as_expected": expected is not None and answer.get("onnx_on") == expected,
+    }
+
+
+def words(text: str | None, other: str | None) -> list[tuple[str, bool]] | None:
+    """Words and spaces of `text`, and whether `other` lacks the word in its place."""
+    if text is None:
+        return None
+    pieces = re.findall(r"\s+|\S+", text)
+    places = [i for i, piece in enumerate(pieces) if piece.strip()]
+    matcher = difflib.SequenceMatcher(
+        None, [pieces[i] for i in places], (other or "").split(), autojunk=False
+    )
+    same = {
+        places[i]
+        for block in matcher.get_matching_blocks()
+        for i in range(block.a, block.a + block.size)
+    }
+    return [(piece, i in places and i not in same) for i, piece in enumerate(pieces)]
+
+
+def gates(metrics: dict[str, Any], limits: Gates, adapter: str) -> list[Gate]:
+    """Every gate of params.yaml, judged by stages/gates.py one at a time."""
+    found = []
+    for name, limit in limits.model_dump().items():
+        figure = _figure(metrics, FIGURES.get(name, ()))
+        verdict = "off" if limit is None else _verdict(metrics, name, limit, adapter)
+        if limit is not None and figure is None:
+            verdict = "not measured"
+        found.append(Gate(name, figure, limit, verdict))
+    return found
+
+
+def _figure(metrics: dict[str, Any], paths: tuple[str, ...]) -> float | None:
+    """The one figure, or the first over the second; None unless all are there and finite."""
+    keys = [path.split(".") for path in paths]
+    found = [(metrics.get(part) or {}).get(key) for part, key in keys]
+    values = [value for value in found if finite(value)]
+    if not values or len(values) < len(found):
+        return None
+    return values[0] / values[1] if len(values) == 2 else values[0]
+
+
+def _verdict(metrics: dict[str, Any], name: str, limit: float, adapter: str) -> str:
+    empty = dict.fromkeys(["not_measured", "agreement", *(key for key, *_ in MODELS)])
+    only = Gates(**dict.fromkeys(Gates.model_fields) | {name: limit})
+    try:
+        check_gates({**empty, "text_perplexity": dict.fromkeys(ON_TEXT), **metrics}, only, adapter)
+    except UserError:
+        return "not met"
+    return "met"
+
+
+def perplexities(adapter: str, metrics: dict[str, Any]) -> Picture | None:
+    points = [
+        (label, figures["perplexity"], taught)
+        for key, label, _, taught in MODELS
+        if (figures := metrics.get(key)) and finite(figures["perplexity"])
+    ]
+    about = About(
+        f"perplexity-{adapter}",
+        f"Perplexity on {adapter}, by stage",
+        "On rows that were kept from training: the loss, and beside it the perplexity. "
+        "Less is better.",
+    )
+    return pictures.bars(about, points) if points else None
+
+
+def size_against_perplexity(adapter: str, metrics: dict[str, Any]) -> Picture | None:
+    points = [
+        (label, size, figures["perplexity"], taught)
+        for key, label, sizes, taught in MODELS
+        if (figures := metrics.get(key)) and finite(figures["perplexity"])
+        if (size := _size(metrics, sizes)) is not None
+    ]
+    about = About(
+        f"size-{adapter}",
+        f"Size against perplexity on {adapter}",
+        "Left and low is better. ONNX on is the exported model with the adapter's file.",
+    )
+    return pictures.sizes(about, points) if points else None
+
+
+def loss(root: Path, adapter: str) -> Picture | None:
+    points = _columns(root / PLOTS / "loss" / f"{adapter}.csv", "step", "loss")
+    about = About(
+        f"loss-{adapter}",
+        f"Loss of finetune@{adapter}",
+        "Of each batch while the adapter was taught, in nats a token. The figure is the last.",
+    )
+    return pictures.line(about, points, ("step", "loss"), True) if points else None
+
+
+SPEEDS = {
+    "tokens_per_second": "tokens/s, more is better",
+    "time_to_first_token_ms": "ms to the first token, less is better",
+}
+
+
+def speeds(adapter: str, metrics: dict[str, Any]) -> Picture | None:
+    speed = metrics.get("speed") or {}
+    models = {"adapter off": speed.get("adapter_off"), "adapter on": speed.get("adapter_on")}
+    parts = []
+    for key, quantity in SPEEDS.items():
+        points = [
+            (label, figures[key], label == "adapter on")
+            for label, figures in models.items()
+            if figures and finite(figures.get(key))
+        ]
+        if points:
+            parts.append((quantity, points))
+    about = About(
+        f"speed-{adapter}",
+        f"Speed with and without {adapter}",
+        "Of onnxruntime-genai on the machine that ran evaluate, in a process of its own.",
+    )
+    return pictures.speed(about, parts) if parts else None
+
+
+def base_pictures(root: Path, sections: list[Section]) -> list[Picture]:
+    """Of the base model and its quantizer, which all adapters share."""
+    found = []
+    texts = [part.metrics.get("text_perplexity") or {} for part in sections]
+    known: dict[str, Any] = next(filter(None, texts), {})
+    points = [
+        (label, known[key], taught) for key, label, _, taught in MODELS if finite(known.get(key))
+    ]
+    if points:
+        caption = "On text that the base model knows: what quantizing and exporting cost."
+        about = About("text", "Perplexity on the base's own text", caption)
+        found.append(pictures.bars(about, points))
+    layers = _columns(root / PLOTS / "quantize.csv", "layer", "error")
+    if layers:
+        caption = "Relative error of the hidden states after each layer, quantized against base."
+        about = About("layers", "Error of the quantizer, layer by layer", caption)
+        found.append(pictures.line(about, layers, ("layer", "relative error")))
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What the file holds; empty when it is not there."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _columns(path: Path, x: str, y: str) -> list[tuple[float, float]]:
+    """Two columns of a CSV, rows that are not finite left out; empty when it is not there."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            pairs = [(float(row[x]), float(row[y])) for row in csv.DictReader(file)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+    return [pair for pair in pairs if all(map(finite, pair))]
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not as its stage wrote it ({error}); `olivepress run` restores it")

@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -55,7 +56,8 @@ def measure(args: argparse.Namespace) -> Iterator[str]:
             out = work / f"{head}-{level}"
             out.mkdir()
             settings = Export(device="cpu", provider="cpu", lm_head=head, accuracy_level=level)
-            export(quantized, out, settings, TARGETS)
+            with redirect_stdout(sys.stderr):
+                export(quantized, out, settings, TARGETS)
             session = Session(out, {})
             expected, found, agreement = Score(), Score(), Agreement()
             pairs = zip(

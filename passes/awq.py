@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from olive.passes.pytorch.quant_utils import (
 )
 from torch import Tensor, nn
 
-from passes.folding import Fold, candidates, leaves_unchanged
+from passes.folding import FOLDS, Fold, FoldScales, candidates, leaves_unchanged
 from passes.rounding import clip, output_error, quantizer_of, relative_magnitude, rounded
 
 
@@ -113,6 +114,8 @@ class Awq(Pass):
             ValueError: the model is already quantized, or the calibration data is empty.
         """
         wrapper, qcfg, _ = prepare_model(model, config)
+        names = {module: name for name, module in wrapper.model.named_modules()}
+        self._folds = FoldScales(names)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         wrapper.model.config.use_cache, use_cache = False, wrapper.model.config.use_cache
         batches = Batches(
@@ -135,7 +138,9 @@ class Awq(Pass):
             if isinstance(module, nn.Embedding)
             and module is not wrapper.model.get_input_embeddings()
         ] or None
-        return finalize(model, output_model_path, wrapper, qcfg, device)
+        quantized = finalize(model, output_model_path, wrapper, qcfg, device)
+        self._folds.save(Path(output_model_path) / FOLDS)
+        return quantized
 
     def _quantize_layer(
         self, wrapper: ModelWrapper, layer: LayerWrapper, batches: Batches
@@ -177,7 +182,9 @@ class Awq(Pass):
         inputs = {linears[0]: seen for linears, seen in readers}
         for fold in folds:
             seen = inputs[fold.linears[0]]
-            seen.scale(fold.apply(self._search_scale(fold, seen), dtype))
+            s = fold.apply(self._search_scale(fold, seen), dtype)
+            seen.scale(s)
+            self._folds.add(fold, s)
         return outputs, sorted(readers, key=lambda reader: reader[1].turn)
 
     def _search_scale(self, fold: Fold, x: Activations) -> Tensor:

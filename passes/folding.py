@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from olive.common.hf.wrapper import LayerWrapper, ModelWrapper
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+# In a quantized model's folder; deeper than where libraries look for weights.
+FOLDS = Path("folds/scales.safetensors")
 
 
 @dataclass
@@ -37,6 +42,10 @@ class Fold:
         heads = x.reshape(-1, self.repeats, self.head_size)
         return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
 
+    def one_of_each(self, s: Tensor) -> Tensor:
+        """One value for each row of the source that makes the input."""
+        return s.reshape(-1, self.repeats, self.head_size)[:, 0].reshape(-1)
+
     def apply(self, s: Tensor, dtype: torch.dtype) -> Tensor:
         """Divide the source by s (n,) and multiply the linears by it, in place.
 
@@ -47,7 +56,7 @@ class Fold:
             The s that was applied, (n,) float32.
         """
         if isinstance(self.source, nn.Linear):
-            one = s.reshape(-1, self.repeats, self.head_size)[:, 0].reshape(-1)
+            one = self.one_of_each(s)
             self.source.weight.data[self.rows] /= one[:, None]
             if self.source.bias is not None:
                 self.source.bias.data[self.rows] /= one
@@ -56,6 +65,38 @@ class Fold:
         for linear in self.linears:
             linear.weight.data *= s
         return s
+
+
+class FoldScales:
+    """What was folded, so that an update of the float model can be put over the folded one.
+
+    A linear with weight W has W' = diag(1 / s_out) W diag(s_in) after the folds, and so an update
+    B A of W becomes (B / s_out) (A s_in).
+
+    Args:
+        names: of the model's modules.
+    """
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        self.names = names
+        self.scales: dict[str, Tensor] = {}
+
+    def add(self, fold: Fold, s: Tensor) -> None:
+        """Note that a fold was applied with s, (n,)."""
+        for linear in fold.linears:
+            self._multiply(f"{self.names[linear]}.s_in", s)
+        if isinstance(fold.source, nn.Linear):
+            s_out = torch.ones(fold.source.out_features, device=s.device)
+            s_out[fold.rows] = fold.one_of_each(s)
+            self._multiply(f"{self.names[fold.source]}.s_out", s_out)
+
+    def _multiply(self, name: str, s: Tensor) -> None:
+        self.scales[name] = s.float().cpu() * self.scales.get(name, 1)
+
+    def save(self, path: Path) -> None:
+        """Write MODULE.s_in (in_features,) and MODULE.s_out (out_features,), float32."""
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: s.contiguous() for name, s in sorted(self.scales.items())}, path)
 
 
 def _divide_norm(norm: Any, s: Tensor, dtype: torch.dtype) -> Tensor:

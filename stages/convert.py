@@ -43,7 +43,8 @@ def convert(adapter: Path, model: Path, out: Path) -> None:
     """Write the adapter as `model`/adapter_inputs.json says, and try it.
 
     Args:
-        adapter: folder with PEFT's adapter_config.json and adapter_model.safetensors.
+        adapter: folder with PEFT's adapter_config.json and adapter_model.safetensors. Where its
+            base_model_name_or_path is not models/quantized it was trained on the float model.
         model: ONNX model folder that `export` wrote.
         out: file to write, in onnxruntime's adapter format.
 
@@ -62,6 +63,8 @@ def convert(adapter: Path, model: Path, out: Path) -> None:
                 f"{allowed[0]!r} can be converted: an adapter input holds the A and B of a linear"
             )
     tensors = read_tensors(adapter / "adapter_model.safetensors", contract)
+    if config.get("base_model_name_or_path") != str(stage.QUANTIZED):
+        tensors = over_folds(tensors, model, contract)
     stage.progress(1, 3, "adapter read")
     values = {}
     for entry in contract["inputs"]:
@@ -121,6 +124,31 @@ def read_tensors(path: Path, contract: dict) -> dict[str, ndarray]:
                 f"{path}: {PREFIX}{name}.weight is {shape}, and the ONNX model takes "
                 f"({wanted[0]}, {wanted[1]}): it was trained on another model"
             )
+    return found
+
+
+def over_folds(tensors: dict[str, ndarray], model: Path, contract: dict) -> dict[str, ndarray]:
+    """An update of the float model as one of the model with scales folded in.
+
+    (B / s_out) (A s_in) for B A, with the scales that the quantizer folded; see `FoldScales` in
+    passes/folding.py.
+
+    Args:
+        tensors: as `read_tensors` gives them.
+        model: the ONNX model's folder.
+        contract: its adapter_inputs.json.
+    """
+    from safetensors.numpy import load_file
+
+    scales = load_file(model / contract["folds"]) if "folds" in contract else {}
+    found = dict(tensors)
+    for name, s in scales.items():
+        module, _, side = name.rpartition(".")
+        a, b = f"{module}.lora_A", f"{module}.lora_B"
+        if a in found and side == "s_in":
+            found[a] = found[a] * s
+        elif b in found and side == "s_out":
+            found[b] = found[b] / s[:, None]
     return found
 
 

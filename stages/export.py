@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def export(model: Path, out: Path, params: Export, target_modules: list[str]) ->
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
 
-    from passes.adapter_inputs import AdapterInputs, NotInGraph
+    from passes.adapter_inputs import CONTRACT, AdapterInputs, NotInGraph
+    from passes.folding import FOLDS
 
     device = AcceleratorSpec(params.device, PROVIDERS[params.provider])
     stage.progress(0, 3, "building the graph")
@@ -73,6 +75,10 @@ def export(model: Path, out: Path, params: Export, target_modules: list[str]) ->
     except NotInGraph as error:
         raise UserError(f"params.yaml: finetune.target_modules: {error}") from error
     tidy(out)
+    if (model / FOLDS).exists():
+        shutil.copytree((model / FOLDS).parent, (out / FOLDS).parent)
+        contract = stage.read_json(out / CONTRACT) | {"folds": FOLDS.as_posix()}
+        stage.write_json(out / CONTRACT, contract)
     stage.progress(2, 3, "trying the model")
     check(out, params)
     stage.progress(3, 3, "exported")

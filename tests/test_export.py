@@ -13,8 +13,10 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from onnx import numpy_helper
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import small_disk
+from transformers import AutoModelForCausalLM
 
 from passes.lora import load_adapted
 from stages import convert as stage_convert
@@ -302,6 +304,30 @@ def test_float_model(tmp_path):
     assert relative(logits(lab.onnx, lab.converted), lab.torch_logits(lab.adapter)) < 1e-5
     again = lab.export(tmp_path / "again", lm_head="int8")
     assert np.array_equal(logits(again), logits(lab.onnx)), "the head of a float model stays float"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_plain_peft_adapter_of_the_float_model_fits(tmp_path, name):
+    """Quantized with scales folded in: the linears' inputs are not those it was trained on."""
+    base = save_model(tmp_path / "base", name)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "Some text to measure activations on. " * 10}) + "\n")
+    settings = QUANTIZE | {"bits": 8, "calibration_samples": 8, "calibration_seq_len": 32}
+    stage_quantize.quantize(base, text, tmp_path / "q", Quantize(algorithm="awq", **settings))
+    stage_export.export(tmp_path / "q", tmp_path / "onnx", export_settings(), TARGETS[name])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[name], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    enlarge(tmp_path / "adapter")
+    stage_convert.convert(tmp_path / "adapter", tmp_path / "onnx", tmp_path / "x.onnx_adapter")
+    float_model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+    )
+    with torch.inference_mode():
+        expected = float_model(input_ids=torch.tensor(IDS)).logits.numpy()
+    assert relative(logits(tmp_path / "onnx", tmp_path / "x.onnx_adapter"), expected) < 0.05
+    folds = load_file(tmp_path / "onnx/folds/scales.safetensors")
+    assert max((s - 1).abs().max() for s in folds.values()) > 0.5, "the folds must matter"
 
 
 def test_any_rank_fits_the_same_model(phi3, tmp_path):

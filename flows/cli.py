@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import talk
+from flows import harness, talk
 from flows.console import Json, console, in_project, print_json, stop, without_gc
 
 app = typer.Typer(
@@ -137,6 +137,7 @@ def report(
 
 app.command()(talk.generate)
 app.command()(talk.chat)
+app.command("lm-eval")(harness.lm_eval)
 
 
 @app.command()

@@ -25,7 +25,7 @@ def generate(
     """Answer one prompt with the packaged model, token by token. Default: its only adapter."""
     with in_project():
         session = open_session()
-        name = _choose(session.adapters, adapter)
+        name = choose(session.adapters, adapter)
         pieces = []
         for piece in session.stream(prompt, name, max_new_tokens=max_new_tokens):
             pieces.append(piece)
@@ -41,7 +41,7 @@ def chat(adapter: Adapter = None, max_new_tokens: Length = 128) -> None:
     """Talk with the packaged model line by line; /adapter NAME switches, /adapter none, /quit."""
     with in_project():
         session = open_session()
-        name = _choose(session.adapters, adapter)
+        name = choose(session.adapters, adapter)
         prompts = sys.stdin.isatty()
         while True:
             try:
@@ -62,7 +62,7 @@ def chat(adapter: Adapter = None, max_new_tokens: Length = 128) -> None:
 
 def _switch(adapters: list[str], wanted: str, now: str | None) -> str | None:
     try:
-        name = _choose(adapters, wanted or None)
+        name = choose(adapters, wanted or None)
     except UserError as error:
         typer.echo(str(error), err=True)
         return now
@@ -79,7 +79,7 @@ def open_session() -> Any:
     return Session(PACKAGE)
 
 
-def _choose(adapters: list[str], wanted: str | None) -> str | None:
+def choose(adapters: list[str], wanted: str | None) -> str | None:
     """The adapter to use: the one named, or the only one there is."""
     if wanted == "none":
         return None

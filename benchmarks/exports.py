@@ -3,7 +3,7 @@
     python benchmarks/exports.py MODEL --calibration validation.txt --test test.txt
 
 MODEL is quantized once; every export of it is compared with it as PyTorch runs it in float32, on
-windows of 512 tokens of the test text. Speeds are those of this machine, one after the other.
+windows of 512 tokens of the test text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from quantizers import WINDOW, machine, quantize
 from transformers import AutoTokenizer
@@ -29,7 +30,7 @@ from stages.params import Export
 from stages.scoring import Agreement, Example, Score, onnx_logits, torch_logits
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-PROMPT_TOKENS, SPEED_TOKENS = 128, 128
+PROMPT_TOKENS, SPEED_TOKENS, ROUNDS = 128, 128, 8
 
 
 def measure(args: argparse.Namespace) -> Iterator[str]:
@@ -52,28 +53,38 @@ def measure(args: argparse.Namespace) -> Iterator[str]:
             "tokens/s | first token ms |"
         )
         yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+        rows: dict[tuple[str, int], str] = {}
+        sessions = {}
         for head, level in product(("float", "int8", "int4"), (1, 4)):
             out = work / f"{head}-{level}"
             out.mkdir()
             settings = Export(device="cpu", provider="cpu", lm_head=head, accuracy_level=level)
             with redirect_stdout(sys.stderr):
                 export(quantized, out, settings, TARGETS)
-            session = Session(out, {})
-            expected, found, agreement = Score(), Score(), Agreement()
-            pairs = zip(
-                torch_logits(model, examples), onnx_logits(session, examples, None), strict=True
-            )
-            for example, (p, q) in zip(examples, pairs, strict=True):
-                expected.add(p, example.targets)
-                found.add(q, example.targets)
-                agreement.add(p, q)
-            ratio = found.figures()["perplexity"] / expected.figures()["perplexity"]
-            same, speed = agreement.figures(), session.speed(prompt, None, SPEED_TOKENS)
-            yield (
-                f"| {head} | {level} | {ratio:.5f} | {same['top1']:.4f} | {same['mean_kl']:.6f} | "
-                f"{size_mb(out):.1f} | {speed['tokens_per_second']:.0f} | "
-                f"{speed['time_to_first_token_ms']:.0f} |"
-            )
+            sessions[head, level] = session = Session(out, {})
+            rows[head, level] = f"{fidelity(model, session, examples)} | {size_mb(out):.1f}"
+        # Taken in turns, the best of each, so that what else the machine does hits none alone.
+        speeds = [
+            {key: session.speed(prompt, None, SPEED_TOKENS) for key, session in sessions.items()}
+            for _ in range(ROUNDS)
+        ]
+        for (head, level), row in rows.items():
+            rate = max(speed[head, level]["tokens_per_second"] for speed in speeds)
+            first = min(speed[head, level]["time_to_first_token_ms"] for speed in speeds)
+            yield f"| {head} | {level} | {row} | {rate:.0f} | {first:.0f} |"
+
+
+def fidelity(model: Any, session: Session, examples: list[Example]) -> str:
+    """Ratio of perplexities, top-1 agreement and mean KL of an export and its model."""
+    expected, found, agreement = Score(), Score(), Agreement()
+    logits = zip(torch_logits(model, examples), onnx_logits(session, examples, None), strict=True)
+    for example, (p, q) in zip(examples, logits, strict=True):
+        expected.add(p, example.targets)
+        found.add(q, example.targets)
+        agreement.add(p, q)
+    ratio = found.figures()["perplexity"] / expected.figures()["perplexity"]
+    same = agreement.figures()
+    return f"{ratio:.5f} | {same['top1']:.4f} | {same['mean_kl']:.6f}"
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +14,7 @@ from rich.table import Table
 
 from flows import harness, talk
 from flows.console import Json, console, in_project, print_json, stop, without_gc
+from stages.errors import UserError
 
 app = typer.Typer(
     help="Turn a small language model and a file of examples into a tested on-device model.",
@@ -138,6 +141,27 @@ def report(
 app.command()(talk.generate)
 app.command()(talk.chat)
 app.command("lm-eval")(harness.lm_eval)
+
+
+@app.command()
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="A folder that PEFT wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write.", show_default="NAME.onnx_adapter")
+    ] = None,
+) -> None:
+    """Make a LoRA adapter that was trained elsewhere on the base model fit the exported one."""
+    source = Path.cwd() / adapter
+    target = Path.cwd() / (out or f"{source.name}.onnx_adapter")
+    with in_project():
+        from stages.convert import convert as convert_adapter
+        from stages.stage import ONNX, new_output
+
+        if not (ONNX / "adapter_inputs.json").exists():
+            raise UserError(f"{ONNX} is not there yet; olivepress run makes it")
+        with new_output(target) as path, redirect_stdout(sys.stderr):
+            convert_adapter(source, ONNX, path)
+    typer.echo(f'{target}\nTry it: olivepress generate "…" --adapter {target}')
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,8 @@ from flows.console import Json, in_project, print_json
 from stages.errors import UserError
 
 Adapter = Annotated[
-    str | None, typer.Option(help="An adapter's name, or none.", show_default=False)
+    str | None,
+    typer.Option(help="An adapter's name, none, or an .onnx_adapter file.", show_default=False),
 ]
 Length = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 
@@ -23,9 +25,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer one prompt with the packaged model, token by token. Default: its only adapter."""
+    file = adapter_file(adapter)
     with in_project():
-        session = open_session()
-        name = choose(session.adapters, adapter)
+        session = open_session(file)
+        name = choose(session.adapters, file.stem if file else adapter)
         pieces = []
         for piece in session.stream(prompt, name, max_new_tokens=max_new_tokens):
             pieces.append(piece)
@@ -39,9 +42,10 @@ def generate(
 
 def chat(adapter: Adapter = None, max_new_tokens: Length = 128) -> None:
     """Talk with the packaged model line by line; /adapter NAME switches, /adapter none, /quit."""
+    file = adapter_file(adapter)
     with in_project():
-        session = open_session()
-        name = choose(session.adapters, adapter)
+        session = open_session(file)
+        name = choose(session.adapters, file.stem if file else adapter)
         prompts = sys.stdin.isatty()
         while True:
             try:
@@ -70,13 +74,27 @@ def _switch(adapters: list[str], wanted: str, now: str | None) -> str | None:
     return name
 
 
-def open_session() -> Any:
-    from stages.generation import Session
+def adapter_file(adapter: str | None) -> Path | None:
+    """The file that --adapter means, if it means one."""
+    return Path.cwd() / adapter if adapter and adapter.endswith(".onnx_adapter") else None
+
+
+def open_session(file: Path | None = None) -> Any:
+    """The package, with its adapters and perhaps one from elsewhere.
+
+    Raises:
+        UserError: there is no package, or no such file.
+    """
+    from stages.generation import Session, adapters_of
     from stages.stage import PACKAGE
 
     if not (PACKAGE / "genai_config.json").exists():
         raise UserError(f"{PACKAGE} is not there yet; olivepress run makes it")
-    return Session(PACKAGE)
+    if file is None:
+        return Session(PACKAGE)
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    return Session(PACKAGE, {**adapters_of(PACKAGE), file.stem: file})
 
 
 def choose(adapters: list[str], wanted: str | None) -> str | None:

@@ -49,13 +49,13 @@ def convert(adapter: Path, model: Path, out: Path) -> None:
         out: file to write, in onnxruntime's adapter format.
 
     Raises:
-        UserError: the adapter is not a plain LoRA, or does not fit the model; names the first
-            field or tensor that does not. There is too little space for the file.
+        UserError: the folder holds no adapter, or one that is not a plain LoRA or does not fit the
+            model; names the first field or tensor that does not. There is too little space.
     """
     import onnxruntime
 
     contract = json.loads((model / "adapter_inputs.json").read_text("utf-8"))
-    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    config = read_config(adapter)
     for field, allowed in PLAIN_LORA.items():
         if config.get(field) not in allowed:
             raise UserError(
@@ -83,6 +83,20 @@ def convert(adapter: Path, model: Path, out: Path) -> None:
     stage.progress(2, 3, "adapter written")
     check(out, model, values)
     stage.progress(3, 3, "adapter tried")
+
+
+def read_config(adapter: Path) -> dict:
+    """PEFT's adapter_config.json, where the weights lie beside it."""
+    path = adapter / "adapter_config.json"
+    for needed in (path, adapter / "adapter_model.safetensors"):
+        if not needed.is_file():
+            pickled = (adapter / "adapter_model.bin").exists()
+            hint = "; a pickle is not read: save it as safetensors" if pickled else ""
+            raise UserError(f"{needed}: not there; expected a folder that PEFT wrote{hint}")
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
 
 
 def read_tensors(path: Path, contract: dict) -> dict[str, ndarray]:

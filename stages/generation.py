@@ -34,6 +34,11 @@ def provider(folder: Path) -> str:
     return next((name for option in options for name in option), "cpu")
 
 
+def adapters_of(folder: Path) -> dict[str, Path]:
+    """A package's adapters by name."""
+    return {p.name.removesuffix(SUFFIX): p for p in folder.glob(f"adapters/*{SUFFIX}")}
+
+
 class Session:
     """An ONNX model for onnxruntime-genai with its tokenizer and LoRA adapters.
 
@@ -49,8 +54,7 @@ class Session:
     def __init__(self, folder: Path, adapters: Mapping[str, Path] | None = None) -> None:
         if not (folder / "genai_config.json").is_file():
             raise UserError(f"{folder}: no genai_config.json; expected a model for genai")
-        if adapters is None:
-            adapters = {p.name.removesuffix(SUFFIX): p for p in folder.glob(f"adapters/*{SUFFIX}")}
+        adapters = adapters_of(folder) if adapters is None else adapters
         self.folder = folder
         self.adapters = sorted(adapters)
         config = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]

@@ -13,16 +13,32 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from conftest import BIN, hears_ctrl_c, sh
+from figures import MEASURED
 from lab import olivepress
 from stages.errors import UserError
 from stages.params import load
 from tasks import bridge, doctor, server
 
-COMMANDS = ["run", "status", "generate", "chat", "lineage", "doctor", "ui", "down", "demo"]
+COMMANDS = [
+    "run",
+    "convert",
+    "status",
+    "report",
+    "generate",
+    "chat",
+    "lineage",
+    "doctor",
+    "ui",
+    "down",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -168,36 +184,20 @@ def test_ui_and_down(toy: Path, tmp_path: Path) -> None:
     assert not (toy / "prefect.toml").exists()
 
 
-MEASURED = {"perplexity": 4.0, "exact_answer_rate": 0.5}
-FIGURES = {
-    "not_measured": None,
-    "base": {"perplexity": None, "exact_answer_rate": 0.0},
-    "quantized": MEASURED,
-    "quantized_lora": MEASURED,
-    "onnx_off": MEASURED,
-    "onnx_on": MEASURED,
-    "agreement": {"top1": 1.0, "mean_kl": None, "tokenizer": 1.0},
-    "speed": {
-        "adapter_off": {"tokens_per_second": 2000.0, "time_to_first_token_ms": 3.0},
-        "adapter_on": {"tokens_per_second": 1000.0, "time_to_first_token_ms": 4.0},
-        "peak_rss_mb": 80.0,
-    },
-    "size_mb": {"base": 8.0, "quantized": 4.0, "onnx": 5.0, "adapter": 1.0},
-}
-
-
 def test_run_shows_figures_that_are_not_finite_or_not_measured(toy: Path, api: str) -> None:
     """Either was a TypeError at the end of a run."""
     (toy / "metrics").mkdir()
     metrics = toy / "metrics/travel.json"
-    metrics.write_text(json.dumps(FIGURES))
+    base = {"perplexity": None, "exact_answer_rate": 0.0}
+    agreement = MEASURED["agreement"] | {"mean_kl": None}
+    metrics.write_text(json.dumps(MEASURED | {"base": base, "agreement": agreement}))
     said = sh("olivepress", "run", cwd=toy, PREFECT_API_URL=api).stdout
     assert re.search(r"base model +not finite +0\.0% +8\.0 MB", said)
     assert "mean KL not finite" in said and "1,000 tokens/s with the adapter" in said
     none = dict.fromkeys(["onnx_off", "onnx_on", "agreement", "speed"])
-    metrics.write_text(json.dumps(FIGURES | none | {"not_measured": "no such provider"}))
+    metrics.write_text(json.dumps(MEASURED | none | {"not_measured": "no such provider"}))
     said = sh("olivepress", "run", cwd=toy, PREFECT_API_URL=api).stdout
-    assert re.search(r"ONNX, adapter on +not measured +not measured +\+1\.0 MB", said)
+    assert re.search(r"ONNX, adapter on +not measured +not measured +\+0\.5 MB", said)
     assert "travel: not measured on this machine: no such provider" in said
 
 
@@ -211,6 +211,45 @@ def test_generate_streams_and_adapters_switch(lab: Path) -> None:
     assert "Monday" in answer.stdout
     done = sh("olivepress", "generate", "x", "--adapter", "nope", cwd=lab, check=False)
     assert done.returncode == 1 and "choose one of travel, none" in done.stderr
+
+
+def test_an_adapter_from_elsewhere_is_converted_and_used(lab: Path, tmp_path: Path) -> None:
+    """Plain PEFT over the float base; its B is 0 as PEFT starts it, so the base answers."""
+    mine, file = tmp_path / "mine", tmp_path / "mine.onnx_adapter"
+    targets = yaml.safe_load((lab / "params.yaml").read_text())["finetune"]["target_modules"]
+    for modules in (targets[:1], targets):
+        model = AutoModelForCausalLM.from_pretrained(lab / "models/base")
+        config = LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM")
+        get_peft_model(model, config).save_pretrained(mine)
+        command = ("olivepress", "convert", str(mine), "--out", str(file))
+        done = sh(*command, cwd=lab, check=False)
+        if modules != targets:
+            assert done.returncode == 1 and "weight is missing; the ONNX model" in done.stderr
+            assert not file.exists()
+    assert done.returncode == 0
+    question = ("generate", "What day follows Sunday?", "--adapter")
+    answers = [sh("olivepress", *question, name, cwd=lab).stdout for name in (str(file), "none")]
+    assert answers[0] == answers[1] and "Monday" in answers[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "adapter_config.json: not there; expected a folder that PEFT wrote"),
+        (["adapter_config.json", "adapter_model.bin"], "a pickle is not read: save it as safe"),
+        (["adapter_config.json", "adapter_model.safetensors"], "adapter_config.json: not JSON"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(
+    toy: Path, tmp_path: Path, files: list[str], message: str
+) -> None:
+    (toy / "models/onnx").mkdir(parents=True)
+    (toy / "models/onnx/adapter_inputs.json").write_text("{}")
+    (tmp_path / "mine").mkdir()
+    for name in files:
+        (tmp_path / "mine" / name).write_text("?")
+    done = sh("olivepress", "convert", str(tmp_path / "mine"), cwd=toy, check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_chat_line_by_line(lab: Path) -> None:

@@ -1,6 +1,6 @@
 """What the export's choices cost: precision of the output head and arithmetic of MatMulNBits.
 
-    python benchmarks/exports.py MODEL --calibration validation.txt --test test.txt
+    python benchmarks/quality.py exports MODEL --calibration validation.txt --test test.txt
 
 MODEL is quantized once; every export of it is compared with it as PyTorch runs it in float32, on
 windows of 512 tokens of the test text.
@@ -87,8 +87,10 @@ def fidelity(model: Any, session: Session, examples: list[Example]) -> str:
     return f"{ratio:.5f} | {same['top1']:.4f} | {same['mean_kl']:.6f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "quality.py exports", description=(__doc__ or "").split("\n", maxsplit=1)[0]
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
@@ -96,12 +98,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512")
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--algorithm", default="awq")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = ("onnxruntime", "onnxruntime-genai", "torch", "olive-ai")
     print(", ".join(f"{name} {version(name)}" for name in names), f"on {machine()}")
     for line in measure(args):
         print(line, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Whether training heals what quantizing loses: the same steps before it, after it, and in float.
 
-    olivepress run && python benchmarks/healing.py
+    olivepress run && python benchmarks/quality.py healing
 
 Reads models/base and data/prepared of the project in the working directory; writes nothing there.
 """
@@ -94,16 +94,14 @@ def measure(bench: Bench) -> Iterator[str]:
         yield bench.row(f"taught, then {name}", bench.quantize(taught, *how))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "quality.py healing", description=(__doc__ or "").split("\n", maxsplit=1)[0]
+    )
     parser.add_argument("--adapter", default="travel")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = ("torch", "olive-ai", "peft")
     print(", ".join(f"{name} {version(name)}" for name in names), f"on {machine()}\n")
     with tempfile.TemporaryDirectory() as work:
         for line in measure(Bench(Path(work), args.adapter)):
             print(line, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

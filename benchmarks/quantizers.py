@@ -1,6 +1,6 @@
 """Perplexity of a model under every quantizer and combination, at equal bytes.
 
-    python benchmarks/quantizers.py MODEL --calibration validation.txt --test test.txt
+    python benchmarks/quality.py quantizers MODEL --calibration validation.txt --test test.txt
 
 MODEL is a Hugging Face folder. The test text is tokenized as one string without special tokens, its
 first `--tokens` are cut into windows of 512, nothing is put in front of a window, and its first
@@ -150,8 +150,10 @@ def measure(args: argparse.Namespace) -> Iterator[str]:
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "quality.py quantizers", description=(__doc__ or "").split("\n", maxsplit=1)[0]
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
@@ -159,7 +161,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="calibration windows of 512")
     parser.add_argument("--group-size", type=int, nargs="+", default=[128, 32])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = ("torch", "olive-ai", "transformers")
     print(", ".join(f"{name} {version(name)}" for name in names), f"on {machine()}\n")
     for line in measure(args):
@@ -170,7 +172,3 @@ def machine() -> str:
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} threads of {platform.machine()}"
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # On white, as in the PNG files; and on a dark page. The SVG has names (CSS variables) instead.
 PALETTE = {
@@ -101,23 +101,30 @@ def _rows(axes: Axes, points: Sequence[Point], lengths: Sequence[float]) -> None
 
 
 def sizes(about: About, points: Sequence[tuple[str, float, float, bool]]) -> Picture:
-    """(label, MB, perplexity, taught) of each model, in the order of the pipeline."""
+    """(label, MB, perplexity, taught) of each model, in the order of the pipeline.
+
+    Upwards is the logarithm of perplexity, as in `bars`.
+    """
 
     def draw(axes: Axes) -> None:
-        x, y = [size for _, size, _, _ in points], [value for _, _, value, _ in points]
+        x = [size for _, size, _, _ in points]
+        y = [math.log(max(value, 1)) for _, _, value, _ in points]
         axes.plot(x, y, color=GRID, zorder=1)
-        for label, size, value, taught in points:
-            axes.plot(size, value, "o", color=TAUGHT if taught else PLAIN, markersize=7)
+        for at, (label, _, value, taught) in enumerate(points):
+            axes.plot(x[at], y[at], "o", color=TAUGHT if taught else PLAIN, markersize=7)
             up = -14 if label.startswith("ONNX") else 8  # it is where quantized is
-            axes.annotate(label, (size, value), (0, up), textcoords="offset points", ha="center")
-        axes.set_xlim(0, max(x) * 1.2)
-        if max(y) / min(y) > 3:
-            axes.set_yscale("log")
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+            axes.annotate(
+                f"{label} {_figure(value)}",
+                (x[at], y[at]),
+                (0, up),
+                textcoords="offset points",
+                ha="center",
+            )
+        axes.set_xlim(0, max(x) * 1.25)
         axes.margins(y=0.25)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("MB on disk")
-        axes.set_ylabel("perplexity")
+        axes.set_ylabel("loss, nats a token")
         axes.grid()
 
     return _picture(about, draw)
@@ -159,8 +166,8 @@ def speed(about: About, parts: Sequence[tuple[str, Sequence[Point]]]) -> Picture
 
 
 def _figure(value: float) -> str:
-    """Four digits, or all of those before the point."""
-    if value < 1:
+    """Four digits, or all of those before the point of fewer than seven."""
+    if value < 1 or value >= 1e6:
         return f"{value:.3g}"
     return f"{value:,.{max(0, 3 - int(math.log10(value)))}f}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Log, State, TaskRun
 
 from conftest import REPO
+from figures import MEASURED
 from flows import summary
 from flows.optimize import check_time_limits, optimize
 from lab import STAGES
@@ -211,6 +213,40 @@ def test_artifacts_show_stages_and_reasons(toy: Path) -> None:
     assert {"stages", "summary"} <= set(found)
     for text in (found["stages"], found["summary"]):
         assert "each@travel" in text and "out/first" in text and "never run" in text
+
+
+def test_a_run_links_to_its_report_and_shows_its_picture(toy: Path) -> None:
+    (toy / "metrics").mkdir()
+    (toy / "metrics/travel.json").write_text(json.dumps(MEASURED))
+    found = artifacts(flow_run_id(flow()[0]))
+    page = toy / "report/index.html"
+    assert page.exists() and found["report"] == f"[{page}]({page.as_uri()})"
+    assert found["pictures"].startswith("![Perplexity on travel, by stage](data:image/png;base64,")
+    again = artifacts(flow_run_id(flow()[0]))
+    assert "summary" in again and "report" not in again
+
+
+def test_a_run_whose_gates_are_not_met_is_reported(toy: Path) -> None:
+    (toy / "first.py").write_text(
+        "import os, sys\nos.makedirs('metrics', exist_ok=True)\n"
+        f"open('metrics/travel.json', 'w').write({json.dumps(MEASURED)!r})\n"
+        "sys.exit('first: gates.min_top1_agreement: 0.1')\n"
+    )
+    state, _ = flow()
+    assert state.is_failed() and "report" in artifacts(flow_run_id(state))
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(toy: Path) -> None:
+    (toy / "metrics").mkdir()
+    (toy / "metrics/travel.json").write_text(json.dumps(MEASURED))
+    (toy / "report").write_text("in the way")
+    state, _ = flow()
+    assert state.is_completed()
+    deadline = time.monotonic() + 20  # logs are sent in the background
+    said: list[str] = []
+    while not any(line.startswith("no report was written: ") for line in said):
+        assert time.monotonic() < deadline, said
+        said = [log.message for log in logs(flow_run_id(state))]
 
 
 def test_a_failed_run_leaves_its_table_too(toy: Path) -> None:

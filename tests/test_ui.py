@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import urllib.request
@@ -138,3 +139,63 @@ def open_tab(driver, tab: str, seconds: float = 30) -> None:
                 return
         time.sleep(0.5)
     pytest.fail(f"no tab {tab}")
+
+
+def test_the_pictures_of_the_report_in_prefects_pages(lab: Path, api: str, browser) -> None:
+    """Shown from the artifact itself: no other host is asked for them."""
+    url = json.loads((lab.parent / "run.json").read_text())["url"]
+    chosen = {"artifacts": {"flow_run_id": {"any_": [url.rpartition("/")[2]]}}}
+    ask = urllib.request.Request(
+        f"{api}/artifacts/filter",
+        json.dumps(chosen).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(ask, timeout=30) as reply:
+        found = {artifact["key"]: artifact["id"] for artifact in json.load(reply)}
+    pages = f"{url.partition('/runs/')[0]}/artifacts/artifact"
+    browser.get(f"{pages}/{found['report']}")
+    wait_for(browser, str(lab / "report/index.html"))
+    browser.get(f"{pages}/{found['pictures']}")
+    deadline = time.monotonic() + 60
+    widths: list[int] = []
+    while not any(width >= 600 for width in widths):
+        assert time.monotonic() < deadline, widths
+        time.sleep(0.2)
+        widths = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
+
+
+LAYOUT = """
+const svgs = [...document.querySelectorAll('figure svg')];
+return {
+  scroll: document.documentElement.scrollWidth, width: innerWidth,
+  svgs: svgs.map(svg => [svg.getBoundingClientRect().width, svg.getBoundingClientRect().height]),
+  text: Math.min(...svgs.flatMap(svg => [...svg.querySelectorAll('text')])
+    .map(text => text.getBoundingClientRect().height)),
+  page: getComputedStyle(document.body).backgroundColor,
+  ink: getComputedStyle(document.querySelector('figure svg text')).fill,
+  fetched: performance.getEntriesByType('resource').map(entry => entry.name),
+};
+"""
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(375, "dark"), (1200, "light")])
+def test_the_report_in_a_browser(lab: Path, browser, width: int, scheme: str) -> None:
+    page = Path(olivepress(lab, "report")["page"])
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(page.as_uri())
+    seen = browser.execute_script(LAYOUT)
+    assert seen["scroll"] <= seen["width"] == width
+    assert len(seen["svgs"]) == 6 and all(w > 250 and h > 90 for w, h in seen["svgs"])
+    assert seen["text"] >= 10  # pixels from the top of a line to its bottom
+    dark = {key: brightness(seen[key]) < 128 for key in ("page", "ink")}
+    assert dark == {"page": scheme == "dark", "ink": scheme == "light"}
+    assert not [name for name in seen["fetched"] if not name.startswith("data:")]
+    assert browser.get_log("browser") == []
+
+
+def brightness(rgb: str) -> float:
+    """Mean of the three channels of `rgb(…)`, 0 to 255."""
+    return sum(map(int, re.findall(r"\d+", rgb)[:3])) / 3

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from conftest import sh
+from conftest import REPO, TOY, init_project, sh
 from figures import MEASURED
 from flows import report
 from flows.adapter import FIGURES, gates
 from lab import STAGES, commit, olivepress
 from stages.errors import UserError
 from stages.params import Gates, load
-from tasks import overrides
+from tasks import bridge, overrides
 
 
 class Page(HTMLParser):
@@ -53,6 +53,23 @@ class Page(HTMLParser):
 
     def named(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = init_project(tmp_path_factory.mktemp("report") / "project")
+    (folder / "dvc.yaml").write_text(TOY)
+    return folder
+
+
+@pytest.fixture
+def project(small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project in which no stage was run yet; the test runs in its folder."""
+    for name in ("metrics", "plots", "report"):
+        shutil.rmtree(small / name, ignore_errors=True)
+    shutil.copy(REPO / "params.yaml", small)
+    monkeypatch.chdir(small)
+    return small
 
 
 def measured(root: Path, adapter: str = "travel", **changes: Any) -> None:
@@ -125,20 +142,20 @@ def test_the_report_says_where_each_stage_comes_from(lab: Path, tmp_path: Path) 
     assert f"torch {chain['export']['record']['versions']['torch']}" in page.text
 
 
-def test_nothing_to_report_says_what_to_run(toy: Path) -> None:
-    done = sh("olivepress", "report", cwd=toy, check=False)
-    assert done.returncode == 1 and not (toy / "report").exists()
+def test_nothing_to_report_says_what_to_run(project: Path) -> None:
+    done = sh("olivepress", "report", cwd=project, check=False)
+    assert done.returncode == 1 and not (project / "report").exists()
     assert "nothing to report yet" in done.stderr and "`olivepress run` makes them" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_the_page_is_complete_before_anything_is_measured(toy: Path) -> None:
+def test_the_page_is_complete_before_anything_is_measured(project: Path) -> None:
     """A run that failed on its way leaves the pictures of what was done."""
-    measured(toy)
-    (toy / "metrics/travel.json").unlink()
-    page = written(toy)
+    measured(project)
+    (project / "metrics/travel.json").unlink()
+    page = written(project)
     assert "Not evaluated yet: olivepress run does it." in page.text
-    assert {path.name for path in (toy / "report").glob("*.png")} == {"loss-travel.png"}
+    assert {path.name for path in (project / "report").glob("*.png")} == {"loss-travel.png"}
     assert "Not all of this is of the present settings" in page.text
     assert "first: never run" in page.text
 
@@ -146,10 +163,10 @@ def test_the_page_is_complete_before_anything_is_measured(toy: Path) -> None:
 HOSTILE = "<script>alert(1)</script></svg><img src=x onerror=alert(2)> {{ 7 * 7 }} & \"'"
 
 
-def test_what_a_model_says_is_text(toy: Path) -> None:
+def test_what_a_model_says_is_text(project: Path) -> None:
     keys = ("prompt", "expected", "base", "onnx_off", "onnx_on")
-    measured(toy, answers=[dict.fromkeys(keys, HOSTILE)], not_measured=HOSTILE)
-    page = written(toy)
+    measured(project, answers=[dict.fromkeys(keys, HOSTILE)], not_measured=HOSTILE)
+    page = written(project)
     assert_needs_no_network(page)
     assert page.text.count(HOSTILE) == len(keys) + 1
     policy = page.named("meta")[-1]
@@ -157,87 +174,83 @@ def test_what_a_model_says_is_text(toy: Path) -> None:
     assert "default-src 'none'" in str(policy["content"])
 
 
-def test_answers_show_where_they_differ(toy: Path) -> None:
-    measured(toy)
-    page = written(toy)
+def test_answers_show_where_they_differ(project: Path) -> None:
+    measured(project)
+    page = written(project)
     # The legend's own word, then of "Wash the green apple." what the base did not say.
     assert page.marked == ["Marked", "green"]
     assert "taught · as expected" in page.text and "quantized · as the base" not in page.text
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"base": {"perplexity": None, "exact_answer_rate": 0.0}}, ["base not finite 0.0%"]),
-        (
-            dict.fromkeys(["onnx_off", "onnx_on", "agreement", "speed"])
-            | {"not_measured": "no such provider", "text_perplexity": {"base": 10.0}},
-            [
-                "What needs ONNX is not measured: no such provider",
-                "ONNX on not measured not measured 5.5",
-                "min_ top1_ agreement not measured 0.95 ✗ not measured",
-            ],
-        ),
-        ({"text_perplexity": None}, ["base 20.000 10.0% not measured 8.0"]),
-        ({"text_perplexity": dict.fromkeys(["base", "quantized", "onnx_off"])}, ["not measured"]),
-        ({"answers": [{"prompt": "Why?"}]}, ["expected: not recorded", "taught not measured"]),
-        ({"answers": [], "speed": {}, "size_mb": None}, ["base 20.000 10.0% 10.000 not measured"]),
-    ],
-)
-def test_figures_that_are_null_or_missing(
-    toy: Path, changes: dict[str, Any], words: list[str]
-) -> None:
-    measured(toy, **changes)
-    text = written(toy).text
-    for part in words:
-        assert part in text
+NULLS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"base": {"perplexity": None, "exact_answer_rate": 0.0}}, ["base not finite 0.0%"]),
+    (
+        dict.fromkeys(["onnx_off", "onnx_on", "agreement", "speed"])
+        | {"not_measured": "no such provider", "text_perplexity": {"base": 10.0}},
+        [
+            "What needs ONNX is not measured: no such provider",
+            "ONNX on not measured not measured 5.5",
+            "min_ top1_ agreement not measured 0.95 ✗ not measured",
+        ],
+    ),
+    ({"text_perplexity": None}, ["base 20.000 10.0% not measured 8.0"]),
+    (
+        {"answers": [{"prompt": "Why?"}], "speed": {}, "size_mb": None},
+        ["base 20.000 10.0% 10.000 not measured", "expected: not recorded", "taught not measured"],
+    ),
+]
 
 
-@pytest.mark.parametrize("key", list(MEASURED))
-def test_every_part_may_be_missing(toy: Path, key: str) -> None:
-    measured(toy)
-    path = toy / "metrics/travel.json"
-    figures = json.loads(path.read_text())
-    del figures[key]
-    path.write_text(json.dumps(figures))
-    assert "travel in detail" in written(toy).text
+def test_figures_that_are_null_or_missing(project: Path) -> None:
+    for changes, words in NULLS:
+        measured(project, **changes)
+        text = written(project).text
+        assert [part for part in words if part not in text] == [], changes
+
+
+def test_every_part_may_be_missing(project: Path) -> None:
+    measured(project)
+    for kept in (list(MEASURED)[::2], list(MEASURED)[1::2], ["rows"]):
+        figures = {name: MEASURED[name] for name in kept}
+        (project / "metrics/travel.json").write_text(json.dumps(figures))
+        assert "gates not met" in written(project).text
 
 
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
-def test_figures_far_apart_and_a_curve_that_is_not_finite(toy: Path) -> None:
-    measured(toy, base={"perplexity": 1e300, "exact_answer_rate": 0.0})
-    (toy / "plots/loss/travel.csv").write_text("step,loss\n1,nan\n2,inf\n")
-    written(toy)
-    assert not (toy / "report/loss-travel.png").exists()
-    assert_a_picture((toy / "report/perplexity-travel.png").read_bytes())
+def test_figures_far_apart_and_a_curve_that_is_not_finite(project: Path) -> None:
+    measured(project, base={"perplexity": 1e300, "exact_answer_rate": 0.0})
+    (project / "plots/loss/travel.csv").write_text("step,loss\n1,nan\n2,inf\n")
+    written(project)
+    assert not (project / "report/loss-travel.png").exists()
+    assert_a_picture((project / "report/perplexity-travel.png").read_bytes())
 
 
-def test_several_adapters_each_have_a_section(toy: Path) -> None:
-    overrides.apply(toy, {"adapters.food.data": "in.txt", "adapters.late.data": "in.txt"})
-    measured(toy)
-    measured(toy, "food", base={"perplexity": 77.125, "exact_answer_rate": 0.0})
-    page = written(toy)
+def test_several_adapters_each_have_a_section(project: Path) -> None:
+    overrides.apply(project, {"adapters.food.data": "in.txt", "adapters.late.data": "in.txt"})
+    measured(project)
+    measured(project, "food", base={"perplexity": 77.125, "exact_answer_rate": 0.0})
+    page = written(project)
     assert "77.125" in page.text and "20.000" in page.text
     assert "food in detail" in page.text and "travel in detail" in page.text
     assert "late not evaluated" in page.text
     ids = re.findall(r'\bid="([^"]+)"', page.source)
     assert ids and len(ids) == len(set(ids))  # a picture's clip would else cut another's
     assert {f"perplexity-{name}.png" for name in ("food", "travel")} <= {
-        path.name for path in (toy / "report").iterdir()
+        path.name for path in (project / "report").iterdir()
     }
 
 
 @pytest.mark.parametrize("path", ["metrics/travel.json", "plots/loss/travel.csv"])
-def test_a_damaged_file_is_named(toy: Path, path: str) -> None:
-    measured(toy)
-    (toy / path).write_text("step,loss\n1\n{")
+def test_a_damaged_file_is_named(project: Path, path: str) -> None:
+    measured(project)
+    (project / path).write_text("step,loss\n1\n{")
     with pytest.raises(UserError, match=rf"{path}: not as its stage wrote it"):
-        written(toy)
+        written(project)
 
 
-def test_the_figure_of_a_gate_is_the_one_that_is_judged(toy: Path) -> None:
+def test_the_figure_of_a_gate_is_the_one_that_is_judged(project: Path) -> None:
     """stages/gates.py decides: met at the figure that is shown, not met just beyond it."""
-    limits = load(toy / "params.yaml").gates
+    limits = load(project / "params.yaml").gates
     shown = {gate.name: gate for gate in gates(MEASURED, limits, "travel")}
     assert set(shown) == set(FIGURES) == set(Gates.model_fields)
     none = dict.fromkeys(shown)
@@ -252,15 +265,15 @@ def test_the_figure_of_a_gate_is_the_one_that_is_judged(toy: Path) -> None:
             assert judged == dict.fromkeys(shown, "off") | {name: verdict}
 
 
-def test_a_run_that_does_something_writes_it_and_another_costs_nothing(toy: Path, api: str) -> None:
+def test_a_run_with_nothing_to_do_draws_nothing(toy: Path, api: str) -> None:
+    """It must not take longer for the report: matplotlib alone is a second."""
     measured(toy)
+    for stage in bridge.graph(toy):
+        bridge.reproduce(toy, stage, print, 60)
     env = {"PREFECT_API_URL": api, "PYTHONPROFILEIMPORTTIME": "1"}
-    assert " matplotlib\n" in sh("olivepress", "run", cwd=toy, **env).stderr
-    assert (toy / "report/index.html").exists()
-    shutil.rmtree(toy / "report")
-    again = sh("olivepress", "run", cwd=toy, **env)
-    assert again.stdout.startswith("Cached") and " prefect\n" in again.stderr
-    assert "matplotlib" not in again.stderr and not (toy / "report").exists()
+    done = sh("olivepress", "run", cwd=toy, **env)
+    assert done.stdout.startswith("Cached") and " prefect\n" in done.stderr
+    assert "matplotlib" not in done.stderr and not (toy / "report").exists()
 
 
 @pytest.fixture(scope="module")

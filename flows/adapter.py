@@ -13,7 +13,7 @@ from flows import pictures
 from flows.pictures import About, Picture, finite
 from stages.card import shown
 from stages.errors import UserError
-from stages.gates import check_gates
+from stages.gates import Gate, judge
 from stages.params import Gates
 from stages.stage import METRICS, PLOTS, read_json
 
@@ -26,26 +26,6 @@ MODELS = [
     ("onnx_on", "ONNX on", ["onnx", "adapter"], True),
 ]
 ON_TEXT = ("base", "quantized", "onnx_off")  # a taught model is not measured on the base's text
-# What stages/gates.py compares with a limit: one figure, or one over another.
-FIGURES: dict[str, tuple[str, ...]] = {
-    "max_quantized_perplexity_ratio": ("text_perplexity.quantized", "text_perplexity.base"),
-    "max_onnx_perplexity_ratio": ("text_perplexity.onnx_off", "text_perplexity.quantized"),
-    "max_adapter_perplexity_ratio": ("onnx_on.perplexity", "onnx_off.perplexity"),
-    "min_top1_agreement": ("agreement.top1",),
-    "min_tokenizer_agreement": ("agreement.tokenizer",),
-    "min_exact_answer_rate": ("onnx_on.exact_answer_rate",),
-}
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A limit of params.yaml beside what was measured."""
-
-    name: str
-    figure: float | None
-    limit: float | None
-    verdict: str
-    """met, not met, not measured or off."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +65,7 @@ def section(root: Path, name: str, limits: Gates) -> Section:
         [(label, cells(metrics, key, sizes), taught) for key, label, sizes, taught in MODELS],
         [picture for picture in found if picture],
         [compared(answer) for answer in metrics.get("answers") or []],
-        gates(metrics, limits, name) if metrics else [],
+        judge(metrics, limits, name) if metrics else [],
     )
 
 
@@ -140,40 +120,6 @@ def words(text: str | None, other: str | None) -> list[tuple[str, bool]] | None:
         for i in range(block.a, block.a + block.size)
     }
     return [(piece, i in places and i not in same) for i, piece in enumerate(pieces)]
-
-
-def gates(metrics: dict[str, Any], limits: Gates, adapter: str) -> list[Gate]:
-    """Every gate of params.yaml, judged by stages/gates.py one at a time."""
-    found = []
-    for name, limit in limits.model_dump().items():
-        figure = _figure(metrics, FIGURES.get(name, ()))
-        verdict = "off" if limit is None else _verdict(metrics, name, limit, adapter)
-        if limit is not None and figure is None:
-            verdict = "not measured"
-        found.append(Gate(name, figure, limit, verdict))
-    return found
-
-
-def _figure(metrics: dict[str, Any], paths: tuple[str, ...]) -> float | None:
-    """The one figure, or the first over the second; None unless all are there and finite."""
-    keys = [path.split(".") for path in paths]
-    found = [(metrics.get(part) or {}).get(key) for part, key in keys]
-    values = [value for value in found if finite(value)]
-    if not values or len(values) < len(found):
-        return None
-    return values[0] / values[1] if len(values) == 2 else values[0]
-
-
-def _verdict(metrics: dict[str, Any], name: str, limit: float, adapter: str) -> str:
-    whole = {part: metrics.get(part) for part, *_ in MODELS}
-    whole |= {part: metrics.get(part) for part in ("agreement", "not_measured")}
-    text = dict.fromkeys(ON_TEXT) | (metrics.get("text_perplexity") or {})
-    only = Gates(**dict.fromkeys(Gates.model_fields) | {name: limit})
-    try:
-        check_gates(whole | {"text_perplexity": text}, only, adapter)
-    except UserError:
-        return "not met"
-    return "met"
 
 
 def perplexities(adapter: str, metrics: dict[str, Any]) -> Picture | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from flows.pictures import Picture
 from stages import params
 from stages.card import origin
 from stages.errors import UserError
+from stages.gates import Gate
 from stages.params import Params
 from stages.stage import ADAPTERS, METRICS, ONNX, PACKAGE, QUANTIZED
 from tasks import bridge, lineage
@@ -37,8 +39,14 @@ class Written:
             "page": str(self.page),
             "pictures": [str(self.page.parent / name) for name in names],
             "figures": {part.name: part.metrics for part in self.sections},
-            "gates": {part.name: list(map(asdict, part.gates)) for part in self.sections},
+            "gates": {part.name: list(map(_as_json, part.gates)) for part in self.sections},
         }
+
+
+def _as_json(gate: Gate) -> dict[str, Any]:
+    """Null for a figure that is no finite number too."""
+    finite = gate.figure is not None and math.isfinite(gate.figure)
+    return asdict(gate) | {"figure": gate.figure if finite else None}
 
 
 def write(root: Path, folder: Path) -> Written:

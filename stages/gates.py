@@ -3,74 +3,107 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 from stages.errors import UserError
 from stages.params import Gates
 
+# Which figure of the metrics a gate limits, or which over which; and where to look when it fails.
+FIGURES: dict[str, tuple[list[str], str]] = {
+    "max_quantized_perplexity_ratio": (
+        ["text_perplexity.quantized", "text_perplexity.base"],
+        "quantize",
+    ),
+    "max_onnx_perplexity_ratio": (
+        ["text_perplexity.onnx_off", "text_perplexity.quantized"],
+        "export (lm_head, accuracy_level)",
+    ),
+    "max_adapter_perplexity_ratio": (
+        ["onnx_on.perplexity", "onnx_off.perplexity"],
+        "finetune@{adapter}",
+    ),
+    "min_top1_agreement": (
+        ["agreement.top1"],
+        "export (lm_head, accuracy_level) or convert@{adapter}",
+    ),
+    "min_tokenizer_agreement": (
+        ["agreement.tokenizer"],
+        "tokenizer.json of the base model, which genai reads otherwise than transformers",
+    ),
+    "min_exact_answer_rate": (["onnx_on.exact_answer_rate"], "finetune@{adapter}"),
+}
 
-def check_gates(metrics: dict, gates: Gates, adapter: str) -> None:
-    """Raise a UserError that names every gate that is not met, and the stage to look at.
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit of params.yaml beside what was measured."""
+
+    name: str
+    figure: float | None
+    """None where it was not measured, nan where it is no finite number."""
+    limit: float | None
+    verdict: str
+    """met, not met, not measured or off."""
+    place: str
+    """What to look at when it is not met."""
+
+
+def judge(metrics: dict[str, Any], gates: Gates, adapter: str) -> list[Gate]:
+    """Every gate with its figure and verdict, from an adapter's metrics.
 
     A figure that was not measured, or is no finite number, meets no gate.
     """
-    checks = {
-        "max_quantized_perplexity_ratio": (
-            quotient(metrics["text_perplexity"]["quantized"], metrics["text_perplexity"]["base"]),
-            "quantize",
-        ),
-        "max_onnx_perplexity_ratio": (
-            quotient(
-                metrics["text_perplexity"]["onnx_off"], metrics["text_perplexity"]["quantized"]
-            ),
-            "export (lm_head, accuracy_level)",
-        ),
-        "max_adapter_perplexity_ratio": (
-            quotient(
-                figure(metrics, "onnx_on", "perplexity"), figure(metrics, "onnx_off", "perplexity")
-            ),
-            f"finetune@{adapter}",
-        ),
-        "min_top1_agreement": (
-            figure(metrics, "agreement", "top1"),
-            f"export (lm_head, accuracy_level) or convert@{adapter}",
-        ),
-        "min_tokenizer_agreement": (
-            figure(metrics, "agreement", "tokenizer"),
-            "tokenizer.json of the base model, which genai reads otherwise than transformers",
-        ),
-        "min_exact_answer_rate": (
-            figure(metrics, "onnx_on", "exact_answer_rate"),
-            f"finetune@{adapter}",
-        ),
-    }
-    failed = []
-    for name, (value, place) in checks.items():
-        limit = getattr(gates, name)
-        if limit is None:
-            continue
+    found = []
+    for name, (paths, place) in FIGURES.items():
+        value, limit = _figure(metrics, paths), getattr(gates, name)
         least = name.startswith("min_")
-        if value is None:
+        if limit is None:
+            verdict = "off"
+        elif value is None:
+            verdict = "not measured"
+        elif math.isfinite(value) and (value >= limit if least else value <= limit):
+            verdict = "met"
+        else:
+            verdict = "not met"
+        found.append(Gate(name, value, limit, verdict, place.format(adapter=adapter)))
+    return found
+
+
+def check_gates(metrics: dict[str, Any], gates: Gates, adapter: str) -> None:
+    """Raise a UserError that names every gate that is not met, and the stage to look at."""
+    failed = []
+    for gate in judge(metrics, gates, adapter):
+        if gate.verdict == "not measured":
             failed.append(
-                f"gates.{name}: not measured: {metrics['not_measured']}; run evaluate where it "
-                "does, or set the gate to null"
+                f"gates.{gate.name}: not measured: {metrics['not_measured']}; run evaluate where "
+                "it does, or set the gate to null"
             )
-        elif not math.isfinite(value) or (value < limit if least else value > limit):
-            shown = f"{value:.4f}" if math.isfinite(value) else "no finite number"
+        elif gate.verdict == "not met" and gate.figure is not None:
+            shown = f"{gate.figure:.4f}" if math.isfinite(gate.figure) else "no finite number"
+            side = "least" if gate.name.startswith("min_") else "most"
             failed.append(
-                f"gates.{name}: {shown}, and at {'least' if least else 'most'} {limit} is "
-                f"wanted; look at {place}"
+                f"gates.{gate.name}: {shown}, and at {side} {gate.limit} is wanted; "
+                f"look at {gate.place}"
             )
     if failed:
         raise UserError("\n".join(failed))
 
 
-def figure(metrics: dict, part: str, name: str) -> float | None:
-    """One figure, or None where its part was not measured."""
-    return None if metrics[part] is None else metrics[part][name]
-
-
-def quotient(a: float | None, b: float | None) -> float | None:
-    """a / b; None unless both were measured, nan unless both are finite."""
-    if a is None or b is None:
+def _figure(metrics: dict[str, Any], paths: list[str]) -> float | None:
+    """The one figure, or the first over the second; nan unless all are finite."""
+    values = [_value(metrics, *path.split(".")) for path in paths]
+    if any(value is None for value in values):
         return None
-    return a / b if math.isfinite(a) and math.isfinite(b) else math.nan
+    if not all(map(math.isfinite, values)):  # over an infinite one the ratio would be 0
+        return math.nan
+    return values[0] / values[1] if len(values) == 2 else values[0]
+
+
+def _value(metrics: dict[str, Any], part: str, key: str) -> Any:
+    """A number; in a file, null stands for one that is not finite, or was not measured."""
+    value = (metrics.get(part) or {}).get(key)
+    if value is not None:
+        return value
+    missing = metrics.get(part) is None or metrics.get("not_measured")
+    return None if missing else math.nan

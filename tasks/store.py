@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from dvc.dvcfile import Lockfile
+from dvc.dvcfile import Lockfile, ProjectFile
 from dvc.exceptions import DvcException
 from dvc.output import Output
 from dvc.repo import Repo, lock_repo
@@ -47,6 +48,22 @@ def _dump_whole(path: Any, *args: Any, **kwargs: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _one_at_a_time(schema: Callable[[T], T]) -> Callable[[T], T]:
+    """Validate dvc.yaml in one thread at a time.
+
+    DVC's schema for stages compiles its parts anew at each call, in place, so that another thread
+    finds some of them empty and a valid file "not valid".
+    """
+    alone = threading.Lock()
+
+    def validate(data: T) -> T:
+        with alone:
+            return schema(data)
+
+    return validate
+
+
+ProjectFile.SCHEMA = staticmethod(_one_at_a_time(ProjectFile.SCHEMA))  # type: ignore[assignment]
 _dvc_dump = _common._dump_data
 _common._dump_data = _yaml._dump_data = _dump_whole
 

@@ -18,10 +18,8 @@ from PIL import Image
 from conftest import REPO, TOY, init_project, sh
 from figures import MEASURED
 from flows import report
-from flows.adapter import FIGURES, gates
 from lab import STAGES, commit, olivepress
 from stages.errors import UserError
-from stages.params import Gates, load
 from tasks import bridge, overrides
 
 
@@ -246,23 +244,6 @@ def test_a_damaged_file_is_named(project: Path, path: str) -> None:
     (project / path).write_text("step,loss\n1\n{")
     with pytest.raises(UserError, match=rf"{path}: not as its stage wrote it"):
         written(project)
-
-
-def test_the_figure_of_a_gate_is_the_one_that_is_judged(project: Path) -> None:
-    """stages/gates.py decides: met at the figure that is shown, not met just beyond it."""
-    limits = load(project / "params.yaml").gates
-    shown = {gate.name: gate for gate in gates(MEASURED, limits, "travel")}
-    assert set(shown) == set(FIGURES) == set(Gates.model_fields)
-    none = dict.fromkeys(shown)
-    for name, gate in shown.items():
-        assert gate.figure is not None
-        beyond = gate.figure * (1.0001 if name.startswith("min_") else 0.9999)
-        for limit, verdict in ((gate.figure, "met"), (min(beyond, 1e9), "not met")):
-            if name.startswith("min_") and limit > 1:
-                continue
-            only = Gates(**none | {name: limit})
-            judged = {g.name: g.verdict for g in gates(MEASURED, only, "travel")}
-            assert judged == dict.fromkeys(shown, "off") | {name: verdict}
 
 
 def test_a_run_with_nothing_to_do_draws_nothing(toy: Path, api: str) -> None:

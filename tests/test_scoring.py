@@ -13,7 +13,7 @@ import torch
 from stages.card import shown
 from stages.errors import UserError
 from stages.evaluate import bars, check_switch, choose, finite, speed, table
-from stages.gates import check_gates
+from stages.gates import check_gates, judge
 from stages.params import Gates
 from stages.scoring import Agreement, Example, Score, batches, encode, excerpts, score, torch_logits
 from tests.models import save_model, save_tokenizer, token_sequences
@@ -211,6 +211,17 @@ def test_gates_that_are_null_are_off_and_no_number_passes_none():
             broken = METRICS | {"text_perplexity": METRICS["text_perplexity"] | {model: value}}
             with pytest.raises(UserError, match="ratio: no finite number, and at most"):
                 check_gates(broken, only("max_quantized_perplexity_ratio"), "travel")
+
+
+def test_every_gate_is_met_at_its_figure_and_not_beyond_it():
+    off = dict.fromkeys(GATES)
+    figures = {gate.name: gate.figure for gate in judge(METRICS, Gates(**off), "travel")}
+    assert set(figures) == set(Gates.model_fields)
+    for name, figure in figures.items():
+        step = 0.001 if name.startswith("min_") else -0.001
+        for limit, verdict in ((figure, "met"), (figure + step, "not met")):
+            gates = judge(METRICS, Gates(**off | {name: limit}), "travel")
+            assert {g.name: g.verdict for g in gates} == dict.fromkeys(off, "off") | {name: verdict}
 
 
 def test_a_gate_on_what_was_not_measured_fails_and_says_why():

@@ -7,16 +7,19 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
+from dvc.dvcfile import ProjectFile
 
 from conftest import REPO, init_project, sh
 from tasks import bridge, overrides
 
 # Writes dvc.lock over and over, as often as it can, until there is a file `enough`.
 WRITER = """
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from dvc.dvcfile import Lockfile
 from dvc.repo import Repo
@@ -35,6 +38,7 @@ open("runs", "a").write("x")
 """
 FIGURES = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 for name in ("out", "figures"):
     Path(name).mkdir(exist_ok=True)
@@ -243,3 +247,15 @@ def test_unfinished_outputs_are_no_part_of_a_folder_that_is_read(toy: Path) -> N
     (toy / f"out/all/.food.tmp-{os.getpid()}").write_text("half")
     assert {need.action for need in bridge.status(toy).values()} == {"unchanged"}
     assert "up to date" in sh("dvc", "status", cwd=toy).stdout
+
+
+def test_dvc_yaml_is_valid_in_every_thread(toy: Path) -> None:
+    """DVC's own validation is not made for threads: it fails at random when two are in it."""
+    data = yaml.safe_load((toy / "dvc.yaml").read_text())
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: ProjectFile.validate(data), range(400)))
+    finally:
+        sys.setswitchinterval(interval)

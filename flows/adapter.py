@@ -122,12 +122,17 @@ def words(text: str | None, other: str | None) -> list[tuple[str, bool]] | None:
     return [(piece, i in places and i not in same) for i, piece in enumerate(pieces)]
 
 
-def perplexities(adapter: str, metrics: dict[str, Any]) -> Picture | None:
-    points = [
-        (label, figures["perplexity"], taught)
-        for key, label, _, taught in MODELS
+def _scored(metrics: dict[str, Any]) -> list[tuple[str, list[str], float, bool]]:
+    """Label, whose size, perplexity, and whether it is taught, of every model that has one."""
+    return [
+        (label, sizes, figures["perplexity"], taught)
+        for key, label, sizes, taught in MODELS
         if (figures := metrics.get(key)) and finite(figures["perplexity"])
     ]
+
+
+def perplexities(adapter: str, metrics: dict[str, Any]) -> Picture | None:
+    points = [(label, value, taught) for label, _, value, taught in _scored(metrics)]
     about = About(
         f"perplexity-{adapter}",
         f"Perplexity on {adapter}, by stage",
@@ -139,9 +144,8 @@ def perplexities(adapter: str, metrics: dict[str, Any]) -> Picture | None:
 
 def size_against_perplexity(adapter: str, metrics: dict[str, Any]) -> Picture | None:
     points = [
-        (label, size, figures["perplexity"], taught)
-        for key, label, sizes, taught in MODELS
-        if (figures := metrics.get(key)) and finite(figures["perplexity"])
+        (label, size, value, taught)
+        for label, sizes, value, taught in _scored(metrics)
         if (size := _size(metrics, sizes)) is not None
     ]
     about = About(

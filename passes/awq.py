@@ -57,6 +57,10 @@ class Activations:
         self.magnitude /= s
 
 
+Reader = tuple[list[nn.Linear], Activations]
+"""Linears that read one input, and what is known of it."""
+
+
 @dataclass
 class Batches:
     """What a layer is called with: its hidden states, each (B, T, hidden) float32, and the rest."""
@@ -150,15 +154,21 @@ class Awq(Pass):
         dtype = next(module.parameters()).dtype
         module.float().to(batches.states[0].device)
         outputs, readers = self._fold_layer(wrapper, layer, batches, dtype)
-        for linears, seen in readers:
-            for linear in linears:
-                self._replace(module, linear, self._ranges(linear, seen.gram, dtype))
+        self._round_layer(module, readers, batches, dtype)
         module.to("cpu", dtype)
         return outputs
 
+    def _round_layer(
+        self, module: nn.Module, readers: list[Reader], batches: Batches, dtype: torch.dtype
+    ) -> None:
+        """Replace the linears of a folded layer, whose inputs are `batches`."""
+        for linears, seen in readers:
+            for linear in linears:
+                self._replace(module, linear, self._ranges(linear, seen.gram, dtype))
+
     def _fold_layer(
         self, wrapper: ModelWrapper, layer: LayerWrapper, batches: Batches, dtype: torch.dtype
-    ) -> tuple[Batches, list[tuple[list[nn.Linear], Activations]]]:
+    ) -> tuple[Batches, list[Reader]]:
         """Move the best scales from what makes the linears' inputs into the linears.
 
         Returns:
@@ -240,7 +250,7 @@ class Awq(Pass):
 @contextmanager
 def watched(
     groups: list[list[nn.Linear]],
-) -> Iterator[list[tuple[list[nn.Linear], Activations]]]:
+) -> Iterator[list[Reader]]:
     """Record the inputs of linears, once for those that read the same."""
     readers, hooks = [], []
     turns = count()

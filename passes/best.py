@@ -8,13 +8,12 @@ from __future__ import annotations
 import copy
 
 import torch
-from olive.common.hf.wrapper import LayerWrapper, ModelWrapper
 from olive.hardware.accelerator import AcceleratorSpec
 from olive.model import HfModelHandler
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from torch import Tensor, nn
 
-from passes.awq import Awq, Batches
+from passes.awq import Awq, Batches, Reader
 from passes.rounding import corrected, damped, descend, quantizer_of, refit
 
 
@@ -47,22 +46,16 @@ class Best(Awq):
         self._quantized: Batches | None = None  # what the quantized layers before this one give
         return super()._run_for_config(model, config, output_model_path)
 
-    def _quantize_layer(
-        self, wrapper: ModelWrapper, layer: LayerWrapper, batches: Batches
-    ) -> Batches:
-        module = layer.layer
-        dtype = next(module.parameters()).dtype
-        module.float().to(batches.states[0].device)
+    def _round_layer(
+        self, module: nn.Module, readers: list[Reader], batches: Batches, dtype: torch.dtype
+    ) -> None:
         quantized = self._quantized or batches
-        outputs, readers = self._fold_layer(wrapper, layer, batches, dtype)
         reference = copy.deepcopy(module)
         for linears, _ in readers:
             gram, cross = products(reference, module, linears[0], (batches, quantized))
             for linear in linears:
                 self._fit(module, linear, gram, cross, dtype)
         self._quantized = quantized.through(module)
-        module.to("cpu", dtype)
-        return outputs
 
     def _fit(
         self, module: nn.Module, linear: nn.Linear, gram: Tensor, cross: Tensor, dtype: torch.dtype

@@ -18,10 +18,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from quantizers import WINDOW, machine, quantize
+from quantizers import WINDOW, calibration, machine, parser_of, quantize
 from transformers import AutoTokenizer
 
-from passes.calibration import pack
 from passes.lora import load_adapted
 from stages.evaluate import size_mb
 from stages.export import export
@@ -36,8 +35,7 @@ PROMPT_TOKENS, SPEED_TOKENS, ROUNDS = 128, 128, 8
 def measure(args: argparse.Namespace) -> Iterator[str]:
     """The rows of the table, as they are ready."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    documents = args.calibration.read_text("utf-8").split("<|endoftext|>")
-    sequences = pack(tokenizer(documents, add_special_tokens=False).input_ids, args.samples, WINDOW)
+    sequences = calibration(tokenizer, args.calibration, args.samples)
     text = args.test.read_text("utf-8")
     ids = tokenizer(text, add_special_tokens=False).input_ids[: args.tokens]
     examples = [Example(ids[i : i + WINDOW], 1) for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
@@ -88,14 +86,7 @@ def fidelity(model: Any, session: Session, examples: list[Example]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "quality.py exports", description=(__doc__ or "").split("\n", maxsplit=1)[0]
-    )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=20_480)
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512")
+    parser = parser_of("exports", __doc__, tokens=20_480, samples=64)
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--algorithm", default="awq")
     args = parser.parse_args(argv)

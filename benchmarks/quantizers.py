@@ -113,6 +113,11 @@ def quantize(
     return time.perf_counter() - began
 
 
+def calibration(tokenizer: Any, path: Path, samples: int) -> list[list[int]]:
+    documents = path.read_text("utf-8").split("<|endoftext|>")
+    return pack(tokenizer(documents, add_special_tokens=False).input_ids, samples, WINDOW)
+
+
 def windows(tokenizer: Any, path: Path, tokens: int) -> list[Tensor]:
     text = path.read_text("utf-8")
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0, :tokens]
@@ -124,9 +129,7 @@ def windows(tokenizer: Any, path: Path, tokens: int) -> list[Tensor]:
 def measure(args: argparse.Namespace) -> Iterator[str]:
     """The rows of the table, as they are ready."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    documents = args.calibration.read_text("utf-8").split("<|endoftext|>")
-    ids = tokenizer(documents, add_special_tokens=False).input_ids
-    sequences = pack(ids, args.samples, WINDOW)
+    sequences = calibration(tokenizer, args.calibration, args.samples)
     base = load(args.model)
     parts = windows(tokenizer, args.test, args.tokens)
     text = Text(parts, [log_probabilities(base, part).half() for part in parts])
@@ -150,15 +153,23 @@ def measure(args: argparse.Namespace) -> Iterator[str]:
             )
 
 
-def main(argv: list[str]) -> None:
+def parser_of(part: str, doc: str | None, tokens: int, samples: int) -> argparse.ArgumentParser:
+    """What every part takes that measures a model on a text."""
     parser = argparse.ArgumentParser(
-        "quality.py quantizers", description=(__doc__ or "").split("\n", maxsplit=1)[0]
+        f"quality.py {part}", description=(doc or "").split("\n", maxsplit=1)[0]
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--samples", type=int, default=256, help="calibration windows of 512")
+    parser.add_argument("--tokens", type=int, default=tokens, help="of the test text")
+    parser.add_argument(
+        "--samples", type=int, default=samples, help="calibration windows of 512 tokens"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    parser = parser_of("quantizers", __doc__, tokens=100_000, samples=256)
     parser.add_argument("--group-size", type=int, nargs="+", default=[128, 32])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     args = parser.parse_args(argv)

@@ -110,16 +110,25 @@ class Session:
         Raises:
             UserError: no such adapter, or no room for an answer in the context.
         """
-        generator = self._generator(self.encode(text), adapter, max_new_tokens)
-        stops = {int(token) for token in self._tokenizer.eos_token_ids}
         pieces = self._tokenizer.create_stream()
+        for token in self.tokens(self.encode(text), adapter, max_new_tokens):
+            if piece := pieces.decode(token):
+                yield piece
+
+    def tokens(self, ids: list[int], adapter: str | None, max_new_tokens: int) -> Iterator[int]:
+        """Yield the likeliest tokens after `ids`, up to and without a stop token.
+
+        Raises:
+            UserError: as `stream_text`.
+        """
+        generator = self._generator(ids, adapter, max_new_tokens)
+        stops = {int(token) for token in self._tokenizer.eos_token_ids}
         while not generator.is_done():
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
             if token in stops:
                 return
-            if piece := pieces.decode(token):
-                yield piece
+            yield token
 
     def logits(self, ids: list[int], adapter: str | None = None) -> np.ndarray:
         """Scores of the next token after each token: float32 (len(ids), vocabulary)."""

@@ -7,7 +7,7 @@ as stages/harness_tasks.py does; no stage needs either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,21 +25,6 @@ MODELS = {"base": BASE, "quantized": QUANTIZED, "onnx": ONNX}
 
 Progress = Callable[[int, int], None]
 """Called with the requests that are done and those that are known of."""
-
-
-class TokenSession(Session):
-    """A session that goes from token ids to token ids."""
-
-    def follow(self, ids: list[int], adapter: str | None, count: int) -> Iterator[int]:
-        """Yield at most `count` likeliest tokens, up to and without a stop token."""
-        generator = self._generator(ids, adapter, count)
-        stops = {int(token) for token in self._tokenizer.eos_token_ids}
-        while not generator.is_done():
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            if token in stops:
-                return
-            yield token
 
 
 class TorchLM(HFLM):
@@ -109,7 +94,7 @@ class OnnxLM(TorchLM):
 
     def __init__(
         self,
-        session: TokenSession,
+        session: Session,
         tokenizer: Path,
         adapter: str | None = None,
         progress: Progress = lambda done, total: None,
@@ -133,7 +118,7 @@ class OnnxLM(TorchLM):
         The text is decoded with its special tokens, as HFLM does to look for `stop`.
         """
         ids, new = context[0].tolist(), []
-        for token in self._session.follow(ids, self._adapter, max_length - len(ids)):
+        for token in self._session.tokens(ids, self._adapter, max_length - len(ids)):
             new.append(token)
             text = self.tokenizer.decode(new)
             if any(word in text for word in stop if word):
@@ -169,7 +154,7 @@ def open_model(
     """
     if name == "onnx":
         files = {adapter: ADAPTERS / f"{adapter}{SUFFIX}"} if adapter else {}
-        return OnnxLM(TokenSession(ONNX, files), BASE, adapter, progress)
+        return OnnxLM(Session(ONNX, files), BASE, adapter, progress)
 
     from passes.lora import load_adapted
 

@@ -73,6 +73,17 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["DVC_SITE_CACHE_DIR"] = str(tmp_path_factory.mktemp("dvc-site-cache"))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small matrices: starting a second thread costs more than it does."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def init_project(folder: Path) -> Path:
     """Make `folder` a Git and DVC project with this project's parameters and DVC settings."""
     folder.mkdir(parents=True, exist_ok=True)

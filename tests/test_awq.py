@@ -28,6 +28,8 @@ from stages.errors import UserError
 from stages.params import Quantize
 from tests.models import CONFIGS, save_model, token_sequences
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The module that each fold of the first layer divides.
 FOLDS = {
     "phi3": [
@@ -47,14 +49,6 @@ FOLDS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("awq")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small matrices: starting a second thread costs more than it does
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(pass_type: type, model: Path, out: Path, **config) -> HfModelHandler:

@@ -27,6 +27,8 @@ from stages.errors import UserError
 from stages.params import Export, Finetune, Quantize
 from tests.models import save_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TARGETS = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "llama": ["q_proj", "v_proj", "o_proj", "up_proj"],  # k and gate stay as they are
@@ -54,14 +56,6 @@ QUANTIZE = {
     "calibration_samples": 1,
     "calibration_seq_len": 8,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def export_settings(**changes) -> Export:

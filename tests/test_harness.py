@@ -39,20 +39,14 @@ PAIRS = [
 ]
 NO_NETWORK = """
 import socket
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 real = socket.getaddrinfo
 def getaddrinfo(host, *args, **kwargs):
     print("asked for the address of", host, file=open("LOG", "a"))
     return real(host, *args, **kwargs)
 socket.getaddrinfo = getaddrinfo
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +72,9 @@ def make_torch(tiny: Lab, adapter: Path | None, batch_size: int = 3):
 
 
 def make_onnx(tiny: Lab, adapter: str | None):
-    from stages.harness import OnnxLM, TokenSession
+    from stages.harness import OnnxLM, Session
 
-    session = TokenSession(tiny.onnx, {"mine": tiny.converted})
+    session = Session(tiny.onnx, {"mine": tiny.converted})
     return OnnxLM(session, tiny.folder / "base", adapter)
 
 
@@ -165,14 +159,14 @@ def test_an_adapter_changes_both_models_alike(tiny, onnx_lm):
 def test_answers_end_before_the_first_stop_and_at_their_length(torch_lm, onnx_lm, monkeypatch):
     context = "Say something"
     made = []
-    follow = onnx_lm._session.follow
+    generate = onnx_lm._session.tokens
 
     def counted(*args):
-        for token in follow(*args):
+        for token in generate(*args):
             made.append(token)
             yield token
 
-    monkeypatch.setattr(onnx_lm._session, "follow", counted)
+    monkeypatch.setattr(onnx_lm._session, "tokens", counted)
     (free,) = ask(onnx_lm, "generate_until", (context, {"until": [], "max_gen_toks": 40}))
     count = len(made)
     made.clear()

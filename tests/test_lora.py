@@ -20,6 +20,8 @@ from stages.errors import UserError
 from stages.params import Export, Finetune, Quantize
 from tests.models import save_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = [
     {
         "prompt": f"What follows {i}?",
@@ -33,14 +35,6 @@ TARGETS = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "llama": ["q_proj", "v_proj", "down_proj"],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

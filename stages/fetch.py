@@ -1,4 +1,4 @@
-"""Bring the base model to models/base: made here, from the Hugging Face hub, or from a folder."""
+"""Bring the base model to models/base: made here, from a hub, from Azure ML or from a folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.errors import UserError
 from stages.params import Params
-from stages.stage import BASE, new_output, progress, run
+from stages.stage import BASE, new_output, progress, remove, run
 
 # What the later stages read; anything else in a repository or folder is left there.
 WANTED = [
@@ -53,8 +53,17 @@ def main(params: Params) -> None:
             parameters = check_base(out)
         elif base.source == "local":
             parameters = copy(Path(base.path), out)
-        else:
+        elif base.source == "hf":
+            from stages.hub import download
+
             parameters = copy(download(base.id, str(base.revision)), out)
+        else:
+            from stages import assets
+
+            folder = assets.download(params)
+            parameters = check_base(folder)
+            folder.rename(out)
+            remove(assets.PARTS)
     print(f"{BASE}: {parameters / 1e6:,.1f} million parameters")
 
 
@@ -90,72 +99,6 @@ def check_space(folder: Path, needed: int) -> None:
         raise UserError(
             f"{folder.resolve()}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
         )
-
-
-def download(repo: str, revision: str) -> Path:
-    """Download one commit into the hub's cache, going on where an earlier try stopped.
-
-    Returns its folder. HF_ENDPOINT, HF_HOME and the login of `hf auth login` are respected.
-
-    Raises:
-        UserError: see `explain`; no usable weights in the repository; too little space.
-    """
-    os.environ["HF_HUB_OFFLINE"] = "0"  # base.source hf is the user's request to go online
-    import httpx
-    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
-    def snapshot(local_files_only: bool) -> Path:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=WANTED,
-                ignore_patterns=["*/*"],
-                local_files_only=local_files_only,
-            )
-        )
-
-    try:
-        listed = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
-        files = {f.rfilename: f.size or 0 for f in listed if "/" not in f.rfilename}
-        check_weights(f"{repo} at {revision}", sorted(files))
-        missing = sum(
-            size
-            for name, size in files.items()
-            if any(fnmatch(name, pattern) for pattern in WANTED)
-            and not isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
-        )
-        check_space(Path(constants.HF_HUB_CACHE), missing)
-        return snapshot(local_files_only=False)
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        try:
-            return snapshot(local_files_only=True)
-        except OSError:
-            raise UserError(explain(error, repo, revision)) from None
-
-
-def explain(error: Exception, repo: str, revision: str) -> str:
-    """Say in one line why the hub did not give a repository, and what to do."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"base.id: {repo} is gated: accept its licence on its page on the hub, then run "
-            "`hf auth login` (or set HF_TOKEN)"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"base.revision: {repo} has no commit {revision}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"base.id: {repo} is not on the hub, or is private: run `hf auth login` for that"
-    if isinstance(error, errors.HfHubHTTPError):
-        return f"base.id: the hub refused {repo}: {str(error).splitlines()[0]}"
-    if isinstance(error, OSError) and error.errno:
-        return f"base.id: {repo}: {error.strerror}: {error.filename}"
-    return (
-        f"base.id: {repo} is not in the cache and the hub cannot be reached "
-        f"({type(error).__name__}); go online, or set base.source to local or builtin"
-    )
 
 
 def check_weights(where: str, names: list[str]) -> None:
@@ -255,4 +198,5 @@ def check_tensors(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "0")  # base.source hf asks to go online
     run(main, "fetch")

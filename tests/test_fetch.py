@@ -1,14 +1,10 @@
-"""The fetch stage: local folders through its command line, the hub's refusals as it words them."""
+"""The fetch stage on local folders, through its command line; tests/test_hub.py has the hub."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +13,6 @@ from tiny import assert_refused, make_project, run_stage
 
 from stages.errors import UserError
 from stages.fetch import check_space
-
-REFUSED = {"some/gated": (403, "GatedRepo"), "some/none": (404, "RepoNotFound")}
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
@@ -147,113 +140,3 @@ def test_rows_of_the_builtin_model_are_checked_as_all_rows(project, row, message
 def test_full_disk_is_found_before_copying(tmp_path):
     with pytest.raises(UserError, match=r"1000000\.00 GB are needed and"):
         check_space(tmp_path / "not" / "there", 10**15)
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's protocol that one commit of one repository takes."""
-
-    folder: Path
-    names: list[str]
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def answer(self, body: bool) -> None:
-        parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[0] == "api":
-            parts = parts[2:]
-        repo = "/".join(parts[:2])
-        if repo in REFUSED:
-            status, code = REFUSED[repo]
-            self.reply(status, b"", {"X-Error-Code": code})
-        elif COMMIT not in parts:
-            self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif parts[2] == "revision":
-            files = [{"rfilename": n, "size": self.size(n)} for n in self.names]
-            self.reply_json({"id": repo, "sha": COMMIT, "siblings": files, "private": False})
-        elif parts[2] == "tree":
-            entry = {"type": "file", "oid": "0"}
-            self.reply_json([entry | {"path": n, "size": self.size(n)} for n in self.names])
-        else:
-            content = (self.folder / parts[-1]).read_bytes()
-            headers = {"ETag": f'"{parts[-1]}"', "X-Repo-Commit": COMMIT}
-            self.reply(200, content, headers, body)
-
-    def size(self, name: str) -> int:
-        return (self.folder / name).stat().st_size
-
-    def reply_json(self, value: object) -> None:
-        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def reply(
-        self, status: int, content: bytes, headers: dict[str, str], body: bool = True
-    ) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body and self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(project: Path) -> Iterator[str]:
-    Hub.folder = project / "tiny"
-    Hub.names = sorted(path.name for path in Hub.folder.iterdir())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def fetch_from(
-    url: str, project: Path, monkeypatch: pytest.MonkeyPatch, repo: str, revision: str = COMMIT
-) -> subprocess.CompletedProcess[str]:
-    values = yaml.safe_load((project / "params.yaml").read_text("utf-8"))
-    values["base"] |= {"source": "hf", "id": repo, "revision": revision}
-    (project / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setenv("HF_HOME", str(project / "hf"))
-    for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    return run_stage(project, "fetch")
-
-
-def test_hub_snapshot_is_fetched_then_kept(project, hub, monkeypatch):
-    done = fetch_from(hub, project, monkeypatch, "some/tiny")
-    assert done.returncode == 0, done.stderr
-    assert not any(path.is_symlink() for path in (project / "models/base").iterdir())
-    # With the hub gone the cache serves.
-    done = fetch_from("http://127.0.0.1:9", project, monkeypatch, "some/tiny")
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("repo", "revision", "message"),
-    [
-        ("some/gated", COMMIT, "accept its licence"),
-        ("some/none", COMMIT, "base.id: some/none is not on the hub, or is private"),
-        ("some/tiny", "f" * 40, f"base.revision: some/tiny has no commit {'f' * 40}"),
-    ],
-)
-def test_hub_says_no(project, hub, monkeypatch, repo, revision, message):  # noqa: PLR0917
-    assert_refused(project, fetch_from(hub, project, monkeypatch, repo, revision), message)
-
-
-def test_hub_with_pickles_only_is_refused_before_the_download(project, hub, monkeypatch):
-    to_pickle(project / "tiny")
-    Hub.names = sorted(path.name for path in Hub.folder.iterdir())
-    done = fetch_from(hub, project, monkeypatch, "some/tiny")
-    assert_refused(project, done, "some/tiny at", "pickles", "pytorch_model.bin")
-    assert not list((project / "hf").rglob("*.bin"))
-
-
-def test_hub_out_of_reach(project, monkeypatch):
-    done = fetch_from("http://127.0.0.1:9", project, monkeypatch, "some/tiny")
-    assert_refused(project, done, "the hub cannot be reached")

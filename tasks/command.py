@@ -11,15 +11,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.redact import without_secrets
+
 KEPT_LINES = 200  # of what a stage printed, for its last words
 
 _threads: set[int] = set()  # that work on a stage
-_groups: set[int] = set()  # process groups that are running
+_groups: dict[int, float] = {}  # process groups that are running, and their seconds of grace
 _stopping = threading.Event()
 
 
@@ -28,17 +30,22 @@ class Job:
     """What a thread does for one stage; it may turn out that there is no command to run.
 
     Args:
-        on_line: called with each line the command prints, from the thread that runs it.
+        on_line: called with each line the command prints, less its secrets, from the thread that
+            runs it.
         limit_seconds: its process group is killed after this long.
         env: added to the command's environment.
+        quiet_seconds: it is killed after so long without a line; None for never.
+        grace_seconds: between SIGTERM and the kill, when it is out of time or the caller stops.
     """
 
     on_line: Callable[[str], None]
     limit_seconds: float
     env: dict[str, str]
+    quiet_seconds: float | None = None
+    grace_seconds: float = 0
     lines: list[str] = field(default_factory=list)
     process: subprocess.Popen | None = None
-    timed_out: bool = False
+    stopped: str | None = None
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -67,38 +74,56 @@ class Job:
             **kwargs,
         )
         group = self.process.pid
-        _groups.add(group)
-        timer = threading.Timer(self.limit_seconds, self._out_of_time)
-        timer.start()
+        _groups[group] = self.grace_seconds
+        self._heard = time.monotonic()
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended,), daemon=True).start()
         try:
             for line in self.process.stdout or ():
-                self.lines = [*self.lines[1 - KEPT_LINES :], line.rstrip()]
-                self.on_line(line.rstrip())
+                self._heard = time.monotonic()
+                said = without_secrets(line.rstrip())
+                self.lines = [*self.lines[1 - KEPT_LINES :], said]
+                self.on_line(said)
             return self.process.wait()
         finally:
-            timer.cancel()
+            ended.set()
             _kill(group)  # anything it left behind
-            _groups.discard(group)
+            _groups.pop(group, None)
 
-    def _out_of_time(self) -> None:
-        self.timed_out = True
-        if self.process:
-            _kill(self.process.pid)
+    def _watch(self, ended: threading.Event) -> None:
+        """Kill the command when it is out of time, or quiet for too long; `stopped` says which."""
+        began = time.monotonic()
+        while not ended.wait(0.1) and self.process:
+            now = time.monotonic()
+            if now - began > self.limit_seconds:
+                self.stopped = f"its time limit of {self.limit_seconds / 60:g} minutes"
+                if self.grace_seconds:
+                    _terminate(self.process.pid)
+                    ended.wait(self.grace_seconds)
+            elif self.quiet_seconds and now - self._heard > self.quiet_seconds:
+                self.stopped = f"{self.quiet_seconds:g} seconds in which nothing happened"
+            if self.stopped:
+                return _kill(self.process.pid)
 
     def last_words(self, stage: str) -> str | None:
         """Why the command failed, in its own words; None when it did not."""
         if self.process is None or not self.process.returncode:
             return None
-        if self.timed_out:
-            return f"{stage}: stopped after its time limit of {self.limit_seconds / 60:g} minutes"
-        said = [line for line in self.lines if line.strip() and not parse_progress(line)]
-        own = re.compile(rf"{re.escape(stage.partition('@')[0])}(@[\w-]+)?: ")  # stages.stage.run's
-        starts = [i for i, line in enumerate(said) if own.match(line)]
-        if starts:
-            return "\n".join(said[starts[-1] :])
+        if self.stopped:
+            return f"{stage}: stopped after {self.stopped}"
         code = self.process.returncode
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"{stage}: {said[-1] if said else 'it said nothing'} ({ended})"
+        return own_words(stage, self.lines, ended)
+
+
+def own_words(stage: str, lines: Iterable[str], ended: str) -> str:
+    """What a stage that failed said of it: its message, else its last line and how it ended."""
+    said = [line for line in lines if line.strip() and not parse_progress(line)]
+    own = re.compile(rf"{re.escape(stage.partition('@')[0])}(@[\w-]+)?: ")  # stages.stage.run's
+    starts = [i for i, line in enumerate(said) if own.match(line)]
+    if starts:
+        return "\n".join(said[starts[-1] :])
+    return f"{stage}: {said[-1] if said else 'it said nothing'} ({ended})"
 
 
 _PROGRESS = re.compile(r"progress (\d+)/(\d+) ?(.*)")
@@ -108,6 +133,11 @@ def parse_progress(line: str) -> tuple[int, int, str] | None:
     """(done, total, note) of a stage's progress line, None for any other line."""
     match = _PROGRESS.fullmatch(line)
     return (int(match[1]), int(match[2]), match[3]) if match else None
+
+
+def _terminate(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(leader, signal.SIGTERM)
 
 
 def _kill(group: int) -> None:
@@ -122,10 +152,10 @@ def stages_end_with_caller() -> Iterator[None]:
         yield
     except BaseException:
         _stopping.set()
-        deadline = time.monotonic() + 30
-        while _threads and time.monotonic() < deadline:
-            for group in list(_groups):
-                _kill(group)
+        began = time.monotonic()
+        while _threads and time.monotonic() < began + 30:
+            for group, grace in list(_groups.items()):
+                (_terminate if time.monotonic() < began + grace else _kill)(group)
             time.sleep(0.05)
         _stopping.clear()
         raise

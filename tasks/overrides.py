@@ -38,6 +38,11 @@ def _scalar(text: str) -> Any:
     return value
 
 
+def _null(representer: Any, _: None) -> Any:
+    """As a person writes it; ruamel.yaml would leave the place empty."""
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
 def apply(root: Path, overrides: Mapping[str, Any]) -> list[str]:
     """Write the overrides into params.yaml.
 
@@ -56,6 +61,7 @@ def apply(root: Path, overrides: Mapping[str, Any]) -> list[str]:
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 4096
+    editor.representer.add_representer(type(None), _null)
     values = editor.load(path.read_text("utf-8"))
     changes = []
     for key, value in overrides.items():

@@ -12,8 +12,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, StateDetails
 from prefect.states import Completed, Failed
 
+from stages import params
+from stages.errors import UserError
 from tasks import bridge
 from tasks.command import parse_progress
+from tasks.compute.task import Cluster
 from tasks.terminal import terminal
 
 PROGRESS_SECONDS = 2  # between updates of a progress artifact: each is a call to the server
@@ -30,7 +33,7 @@ class Progress:
     def update(self, done: int, total: int, note: str) -> None:
         terminal.progress(self.stage, done, total, note)
         now = time.monotonic()
-        if self.stage.partition("@")[0] not in {"fetch", "quantize", "finetune"}:
+        if self.stage.partition("@")[0] not in {"fetch", "quantize", "finetune", "publish"}:
             return
         if now - self.updated < PROGRESS_SECONDS and done < total:
             return
@@ -63,11 +66,14 @@ def run_stage(name: str, root: Path, limit_seconds: float) -> State:
         elif line:
             logger.info(line)
 
-    run_id = str(runtime.flow_run.id or "")
+    env = {"OLIVEPRESS_RUN_ID": str(runtime.flow_run.id or "")}
+    elsewhere = None
     try:
-        env = {"OLIVEPRESS_RUN_ID": run_id}
-        outcome = bridge.reproduce(root, name, on_line, limit_seconds, env)
-    except bridge.StageFailed as error:
+        values = params.load(root / "params.yaml")
+        if values.machine(name) == "azureml":
+            elsewhere = Cluster(root, name, values.azure, on_line, limit_seconds, env)
+        outcome = bridge.reproduce(root, name, on_line, limit_seconds, env, elsewhere=elsewhere)
+    except (bridge.StageFailed, UserError) as error:
         return Failed(message=str(error))
     return Completed(
         name="Completed" if outcome.action == "run" else "Cached",
@@ -82,4 +88,6 @@ def describe(outcome: bridge.Outcome) -> str:
     if outcome.action == "unchanged":
         return "nothing changed"
     reasons = "; ".join(outcome.reasons[:3]) + ("; …" if len(outcome.reasons) > 3 else "")
-    return reasons if outcome.action == "run" else f"restored from the cache: {reasons}"
+    if outcome.action == "run":
+        return f"on {outcome.where}: {reasons}" if outcome.where else reasons
+    return f"restored from the cache: {reasons}"

@@ -30,11 +30,16 @@ class Terminal:
             self._running[stage] = f" {100 * done // max(total, 1)}% {note}".rstrip()
             self._refresh()
 
-    def ended(self, stage: str, state: str, reason: str, seconds: float) -> None:
-        """Print the stage's one line."""
+    def done(self, stage: str) -> None:
+        """Take down what is shown of it."""
         with self._lock:
             self._running.pop(stage, None)
             self._refresh()
+
+    def ended(self, stage: str, state: str, reason: str, seconds: float) -> None:
+        """Print the stage's one line."""
+        self.done(stage)
+        with self._lock:
             if not self.quiet:
                 style = STYLES.get(state, "")
                 first = reason.splitlines()[0] if reason else ""
@@ -42,6 +47,12 @@ class Terminal:
                     f"[{style}]{state:<9}[/] {stage:<20} {seconds:7.1f} s  ", end="", style=None
                 )
                 self.console.print(first, markup=False, style="dim")
+
+    def note(self, text: str) -> None:
+        """Print a line that is about no stage's end."""
+        with self._lock:
+            if not self.quiet:
+                self.console.print(text, markup=False, style="dim")
 
     def _refresh(self) -> None:
         if self.quiet or not self.console.is_terminal:

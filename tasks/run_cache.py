@@ -1,0 +1,69 @@
+"""Outputs of earlier runs that the run-cache knows, named so that `dvc push` can send them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@contextmanager
+def earlier(root: Path, cache: Path, here: bool) -> Iterator[Path | None]:
+    """A folder with a `.dvc` file for each output of an earlier run of this pipeline's commands.
+
+    Args:
+        here: those whose objects are in the cache, to be sent; else those that are not.
+    """
+    now = yaml.safe_load((root / "dvc.lock").read_text())["stages"].values()
+    commands = [entry["cmd"] for entry in now]
+    kept = [yaml.safe_load(path.read_text()) for path in records(cache)]
+    ours = [record for record in kept if record["cmd"] in commands]
+    hashes = _hashes(ours) - _hashes(now)
+    names = sorted(name for name in hashes if cached(cache, name) == here)
+    with named(root, names) as folder:
+        yield folder if names else None
+
+
+@contextmanager
+def named(root: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A folder that shares this project's `.dvc`, with a `.dvc` file for each object."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / ".dvc").symlink_to(root.resolve() / ".dvc")
+        for number, name in enumerate(names):
+            out = {"md5": name, "hash": "md5", "path": str(number)}
+            (folder / f"{number}.dvc").write_text(yaml.safe_dump({"outs": [out]}))
+        yield folder
+
+
+def outputs(cache: Path, key: str) -> set[str]:
+    """The objects that the runs of a stage with this key made; empty when there was none."""
+    return _hashes(yaml.safe_load(path.read_text()) for path in records(cache, key))
+
+
+def records(cache: Path, key: str = "*") -> list[Path]:
+    """The run-cache: runs/??/KEY/VALUE, each in the format of a stage in dvc.lock.
+
+    https://dvc.org/doc/user-guide/project-structure/internal-files
+    """
+    return list(cache.glob(f"runs/??/{key}/*"))
+
+
+def _hashes(entries: Any) -> set[str]:
+    return {out["md5"] for entry in entries for out in entry.get("outs", []) if "md5" in out}
+
+
+def cached(cache: Path, name: str) -> bool:
+    """Whether the cache holds an object, of a folder with all its files."""
+    path = cache / "files/md5" / name[:2] / name[2:]
+    if not path.exists() or not name.endswith(".dir"):
+        return path.exists()
+    try:
+        return all(cached(cache, entry["md5"]) for entry in json.loads(path.read_text()))
+    except ValueError:  # damaged: it names nothing
+        return False

@@ -1,0 +1,87 @@
+"""What is sent to the node: the files that Git tracks, as they are now, and the way to the data."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from configparser import ConfigParser
+from pathlib import Path
+
+from stages.errors import UserError
+from stages.redact import HIDDEN, without_secrets
+
+ALWAYS = [".dvc/config", "params.yaml", "dvc.yaml", "dvc.lock"]
+NEVER = {".gitignore", ".amlignore"}  # the SDK would obey them, and Git itself is not there
+# Of a remote's options, those that say where it is. Keys and passwords stay here.
+PLAIN = {"url", "account_name", "endpointurl", "region"}
+SECRET = re.compile(
+    r"(?im)^\s*(connection_string|(?!ask_)\w*(key|token|secret|password|passphrase))\s*="
+)
+GIT_SECONDS = 60
+
+
+def check(root: Path, stage: str, files: list[str]) -> None:
+    """Raise a UserError if the node would lack a file that the stage reads, or get a secret."""
+    unknown = _git(root, "ls-files", "--others", "-z", "--", *files) if files else []
+    if unknown:
+        raise UserError(
+            f"{unknown[0]}: {stage} reads it, and neither Git nor DVC keeps it, so a cluster has "
+            "it not: git add it, or dvc add it"
+        )
+    text = (root / ".dvc/config").read_text()
+    found = SECRET.search(text)
+    if found or without_secrets(text) != text:
+        raise UserError(
+            f".dvc/config: {found[1] if found else 'a password'} is a secret in a file that Git "
+            "keeps: move it to the file that Git ignores, with dvc remote modify --local"
+        )
+
+
+def gather(root: Path, folder: Path, config: list[str]) -> None:
+    """Copy what the node needs to `folder`.
+
+    Args:
+        config: the lines of `dvc config --list`.
+    """
+    for name in {*_git(root, "ls-files", "-z"), *ALWAYS}:
+        path = root / name
+        if path.is_file() and path.name not in NEVER:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+    with (folder / ".dvc/config.local").open("w") as file:
+        _config(config).write(file)
+
+
+def _config(lines: list[str]) -> ConfigParser:
+    """DVC's settings for a node: no Git, and the address of each remote.
+
+    Raises:
+        UserError: an address holds a password.
+    """
+    config = ConfigParser(interpolation=None)
+    config["core"] = {"no_scm": "true"}
+    for name, value in (line.split("=", 1) for line in lines if "=" in line):
+        section, _, option = name.rpartition(".")
+        if name == "core.remote":
+            config["core"]["remote"] = value
+        if section.startswith("remote.") and option in PLAIN:
+            if HIDDEN in value:  # what DVC prints comes without its secrets
+                raise UserError(f"{section}: its {option} holds a password, which stays here")
+            title = f"'remote \"{section.removeprefix('remote.')}\"'"
+            config.read_dict({title: {option: value}})
+    return config
+
+
+def _git(root: Path, *args: str) -> list[str]:
+    """What git lists.
+
+    Raises:
+        UserError: the project is in no Git repository.
+    """
+    done = subprocess.run(
+        ["git", *args], cwd=root, capture_output=True, text=True, timeout=GIT_SECONDS, check=False
+    )
+    if done.returncode:
+        raise UserError(f"what Git tracks is sent to the cluster, but {done.stderr.strip()}")
+    return [name for name in done.stdout.split("\0") if name]

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test ui down clean lint lock
+.PHONY: install demo test ui down clean lint lock azure-up azure-down
 
 install: $(INSTALLED)  ## the virtual environment, from the lock
 
@@ -32,6 +32,30 @@ lint: install  ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+.azurite:  ## the emulator of Azure's blob storage, from npm
+	npm install --silent --no-fund --no-audit --prefix .azurite azurite@3.35.0 || \
+	    { rm -rf .azurite; exit 1; }
+
+azure-up: install .azurite  ## an Azure on this machine to try publish and jobs on, without an account
+	@if [ -e .azure/pid ] && kill -0 $$(cat .azure/pid) 2>/dev/null; then \
+	    echo "It is up already; type: . .azure/env.sh"; exit 0; fi; \
+	mkdir -p .azure && echo '*' > .azure/.gitignore && rm -f .azure/env.sh; \
+	nohup $(BIN)/python -m tests.emulator --home .azure > .azure/emulator.log 2>&1 & started=$$!; \
+	until [ -e .azure/env.sh ]; do \
+	    kill -0 $$started 2>/dev/null || { cat .azure/emulator.log; exit 1; }; sleep 0.2; done; \
+	echo "Up. In each shell that is to use it, type: . .azure/env.sh"; \
+	echo "Workspace press-workspace, registry press-registry, cluster gpu-cluster."; \
+	echo "Calls are in .azure/calls.jsonl; make azure-down ends it."
+
+azure-down:  ## end it, with all that it stored
+	@if kill $$(cat .azure/pid 2>/dev/null) 2>/dev/null; then \
+	    timeout 20 sh -c 'while [ -e .azure/pid ]; do sleep 0.2; done'; fi; rm -rf .azure
+
+.mlflow:  ## an MLflow server, in an environment of its own as it does not go with the lock
+	$(PYTHON) -m venv .mlflow
+	.mlflow/bin/pip install --quiet --disable-pip-version-check mlflow==3.17.2 || \
+	    { rm -rf .mlflow; exit 1; }
 
 lock: install  ## write what is installed now into requirements.lock
 	$(BIN)/pip freeze --all --exclude-editable | grep -v -E '^(pip|olivepress)==' | sed 's/+cpu$$//' > requirements.lock

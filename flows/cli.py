@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -12,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import harness, talk
-from flows.console import Json, console, in_project, print_json, stop, without_gc
+from flows import harness, release, share, talk
+from flows.console import Json, console, in_project, print_json, quiet_prefect, stop, without_gc
 from stages.errors import UserError
 
 app = typer.Typer(
@@ -47,7 +46,7 @@ def _pipeline(root: Path, values: dict[str, Any], as_json: bool, verbose: bool) 
     from tasks import server
     from tasks.terminal import terminal
 
-    _quiet_prefect(verbose)
+    quiet_prefect(verbose)
     api = server.ensure(root)
     from flows import summary
 
@@ -72,15 +71,6 @@ def _pipeline(root: Path, values: dict[str, Any], as_json: bool, verbose: bool) 
         if found:
             typer.echo("Pictures: olivepress report --open")
     return url
-
-
-def _quiet_prefect(verbose: bool) -> None:
-    """Settings for the process of one command; logs still reach the server."""
-    os.environ.setdefault(
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if verbose else "CRITICAL"
-    )
-    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
 def _run_flow(values: dict[str, Any]) -> Any:
@@ -141,6 +131,9 @@ def report(
 app.command()(talk.generate)
 app.command()(talk.chat)
 app.command("lm-eval")(harness.lm_eval)
+app.command()(release.publish)
+app.command()(share.push)
+app.command()(share.pull)
 
 
 @app.command()

@@ -42,6 +42,15 @@ def without_gc() -> Iterator[None]:
         gc.enable()
 
 
+def quiet_prefect(verbose: bool) -> None:
+    """Settings for the process of one command; logs still reach the server."""
+    os.environ.setdefault(
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if verbose else "CRITICAL"
+    )
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
 def stop(message: str, code: int = 1) -> NoReturn:
     typer.echo(f"olivepress: {message}", err=True)
     raise typer.Exit(code)

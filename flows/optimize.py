@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -41,12 +41,15 @@ def optimize(overrides: dict[str, Any] | None = None) -> Any:
         root = bridge.find_root()
         for change in changes.apply(root, overrides or {}):
             get_run_logger().info("params.yaml: %s", change)
-        settings = params.load(root / "params.yaml").run
+        values = params.load(root / "params.yaml")
+        settings = values.run
         doctor.check_or_raise(root)
         graph, removed = bridge.begin(root)
         for path in removed:
             get_run_logger().info("removed %s, which an earlier run left", path)
-        check_time_limits(settings.time_limits, graph)
+        check_names("run.time_limits", settings.time_limits, graph)
+        groups = {stage.partition("@")[0] for stage in graph}
+        check_names("compute", values.compute, {*graph, *groups})
     except UserError as error:
         return Failed(message=str(error))
 
@@ -76,15 +79,15 @@ def report(root: Path) -> None:
         get_run_logger().warning("no report was written: %s", error, exc_info=True)
 
 
-def check_time_limits(limits: Mapping[str, float], graph: Mapping[str, object]) -> None:
-    """Raise a UserError for a limit that names no stage, with the nearest one."""
-    for name in limits:
-        if name not in graph:
+def check_names(section: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise a UserError for a name in params.yaml that is no stage, with the nearest one."""
+    for name in given:
+        if name not in known:
             # `finetune` is nearest to finetune@travel, though half of the letters are missing.
-            near = [stage for stage in graph if stage.partition("@")[0] == name]
-            near += difflib.get_close_matches(name, graph, 1, 0.4)
+            near = [stage for stage in known if stage.partition("@")[0] == name]
+            near += difflib.get_close_matches(name, known, 1, 0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"params.yaml: run.time_limits.{name}: no such stage{hint}")
+            raise UserError(f"params.yaml: {section}.{name}: no such stage{hint}")
 
 
 def in_order(

@@ -76,6 +76,7 @@ def origin(params: Params) -> str:
         "builtin": "The built-in base model",
         "local": Path(base.path).name,
         "hf": f"{base.id} at {(base.revision or '')[:12]}",
+        "azureml": base.id.partition("/models/")[2].replace("/versions/", " version "),
     }[base.source]
 
 

@@ -13,7 +13,7 @@ import yaml
 from stages.card import portable, write_card
 from stages.errors import UserError
 from stages.fetch import check_space
-from stages.params import Params
+from stages.params import REMOTE, Params
 from stages.stage import (
     ADAPTERS,
     BASE,
@@ -106,8 +106,8 @@ def manifest(params: Params, metrics: dict[str, dict], lineage: dict[str, dict])
         "prompt_template": next(iter(metrics.values()))["prompt_template"],
         "base": {
             "source": base.source,
-            "id": base.id if base.source == "hf" else portable(base.path),
-            "revision": base.revision if base.source == "hf" else None,
+            "id": base.id if base.source in REMOTE else portable(base.path),
+            "revision": base.revision if base.source in REMOTE else None,
             "content": lineage.get("fetch", {}).get("outs", {}).get(BASE.as_posix()),
         },
     }
@@ -154,6 +154,21 @@ def without_folders(params: dict) -> dict:
     return {key: cut(key, value) for key, value in params.items()}
 
 
+def verify(package: Path) -> dict[str, str]:
+    """Check each file of a package against its sum; name -> SHA-256, in hex.
+
+    Raises:
+        UserError: names of the files that are missing, more, or not what was written.
+    """
+    lines = (package / SUMS).read_text("utf-8").splitlines()
+    wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    there = {p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file()} - {SUMS}
+    bad = {name for name in wanted if name not in there or sha256(package / name) != wanted[name]}
+    if bad or there != set(wanted):
+        raise UserError(f"not what was written: {', '.join(sorted(bad | (there ^ set(wanted))))}")
+    return wanted
+
+
 def check(package: Path) -> None:
     """Verify the sums, and run the model with and without each adapter if it runs here.
 
@@ -164,13 +179,10 @@ def check(package: Path) -> None:
 
     from stages.generation import CannotRunHere, Session
 
-    lines = (package / SUMS).read_text("utf-8").splitlines()
-    wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    there = {p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file()} - {SUMS}
-    bad = {name for name in wanted if name not in there or sha256(package / name) != wanted[name]}
-    if bad or there != set(wanted):
-        names = ", ".join(sorted(bad | (there ^ set(wanted))))
-        raise UserError(f"{PACKAGE}: not what was written: {names}; is the disk sound?")
+    try:
+        verify(package)
+    except UserError as error:
+        raise UserError(f"{PACKAGE}: {error}; is the disk sound?") from None
     try:
         session = Session(package)
     except CannotRunHere as error:

@@ -14,6 +14,14 @@ from stages.errors import UserError
 
 # A leading - would make it an option of a command.
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+# A version of a model in Azure ML: of a registry, or of a workspace, as `az ml model show` says it.
+ASSET = re.compile(
+    r"azureml:(//registries/(?P<registry_name>[\w-]+)|//?subscriptions/(?P<subscription_id>[\w-]+)"
+    r"/resource[gG]roups/(?P<resource_group>[\w().-]+)"
+    r"(/providers/Microsoft\.MachineLearningServices)?/workspaces/(?P<workspace_name>[\w-]+))"
+    r"/models/(?P<name>[\w.-]+)/versions/(?P<version>[\w.-]+)"
+)
+REMOTE = {"hf", "azureml"}  # sources that base.id names a model of
 GROUP_SIZES = (16, 32, 64, 128, 256)  # those of MatMulNBits that every exporter takes
 
 
@@ -24,12 +32,12 @@ class Section(BaseModel):
 
 
 class Base(Section):
-    source: Literal["builtin", "hf", "local"]
+    source: Literal["builtin", "hf", "local", "azureml"]
     """Where the base model comes from."""
     id: str
-    """Hub repository, for `hf`."""
+    """Hub repository, for `hf`. Address of a model version, for `azureml`."""
     revision: str | None
-    """Commit of the repository, 40 hex digits, for `hf`."""
+    """`hf`: commit of the repository, 40 hex digits. `azureml`: digest of the content, 64."""
     path: str
     """`builtin`: the rows it is trained on. `local`: the model's folder."""
     seed: int = Field(ge=0)
@@ -39,6 +47,15 @@ class Base(Section):
     def pinned(self) -> Base:
         if self.source == "hf" and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError("base.revision must be a commit of 40 hex digits, not a branch or tag")
+        if self.source == "azureml":
+            if not ASSET.fullmatch(self.id):
+                raise ValueError(
+                    "base.id must be azureml://registries/NAME/models/MODEL/versions/VERSION, or "
+                    "azureml://subscriptions/ID/resourceGroups/NAME/workspaces/NAME/models/MODEL"
+                    "/versions/VERSION"
+                )
+            if self.revision and not re.fullmatch(r"[0-9a-f]{64}", self.revision):
+                raise ValueError("base.revision must be null or a digest of 64 hex digits")
         return self
 
 
@@ -178,6 +195,23 @@ class Gates(Section):
     """ONNX with the adapter, on the eval split."""
 
 
+class Azure(Section):
+    """Each may also be in the environment or in config.json; `stages.azure` says which wins."""
+
+    subscription_id: str | None = None
+    """Of the workspace."""
+    resource_group: str | None = None
+    """Of the workspace."""
+    workspace_name: str | None = None
+    """Where models are registered and jobs run."""
+    registry_name: str | None = None
+    """A registry that workspaces share, instead of a workspace."""
+    cluster: str | None = None
+    """Compute cluster of the workspace, for the stages of `compute`; None for serverless."""
+    instance_type: str | None = None
+    """Virtual machine of a serverless job."""
+
+
 class Run(Section):
     concurrency: int = Field(ge=1, le=64)
     """Stages at once."""
@@ -198,6 +232,9 @@ class Params(Section):
     export: Export
     evaluate: Evaluate
     gates: Gates
+    azure: Azure = Field(default_factory=Azure)
+    compute: dict[str, Literal["here", "azureml"]] = Field(default_factory=dict)
+    """Where a stage runs, by `finetune` or `finetune@travel`; one that is not named runs here."""
     run: Run
 
     @field_validator("adapters")
@@ -212,6 +249,20 @@ class Params(Section):
                 )
         return value
 
+    @model_validator(mode="after")
+    def has_a_machine(self) -> Params:
+        if "azureml" in self.compute.values() and not (
+            self.azure.cluster or self.azure.instance_type
+        ):
+            raise ValueError(
+                "azure.cluster: which cluster? name one, or an azure.instance_type to go without"
+            )
+        return self
+
+    def machine(self, stage: str) -> Literal["here", "azureml"]:
+        """Where a stage runs: its own entry of `compute` counts before that of its group."""
+        return self.compute.get(stage) or self.compute.get(stage.partition("@")[0]) or "here"
+
 
 def known_keys() -> list[str]:
     """Every dotted key of params.yaml, `adapters.NAME.…` with NAME as it is written here."""
@@ -219,7 +270,7 @@ def known_keys() -> list[str]:
     for section, field in Params.model_fields.items():
         model = Adapter if section == "adapters" else field.annotation
         prefix = "adapters.NAME" if section == "adapters" else section
-        keys += [section, *(f"{prefix}.{key}" for key in model.model_fields)]  # type: ignore[union-attr]
+        keys += [section, *(f"{prefix}.{key}" for key in getattr(model, "model_fields", ()))]
     return keys
 
 

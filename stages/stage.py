@@ -34,6 +34,7 @@ TOOLCHAIN = MODELS / "toolchain.json"
 PREPARED = Path("data/prepared")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
+COMMIT = "OLIVEPRESS_COMMIT"  # environment variable: the JSON of `commit`
 
 # Libraries whose version can change the bytes of an output. Prefect, DVC and pytest cannot.
 LIBRARIES = [
@@ -64,6 +65,8 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
 }
 
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 SHELLS = {"ash", "bash", "dash", "fish", "ksh", "sh", "zsh"}
 
@@ -149,15 +152,23 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text("utf-8"))
 
 
+def killed_with_parent() -> None:
+    """Have Linux kill this process when the thread that started it ends.
+
+    It holds beyond exec and takes no lock, so it may be called between fork and exec.
+    """
+    if LIBC:
+        pr_set_pdeathsig = 1
+        LIBC.prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def die_with_parent() -> None:
     """End this process when the one that started it ends, so that nothing goes on writing.
 
     Where a shell stays between the two, it also ends when the shell loses its own parent.
     """
     first = _watched()
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    killed_with_parent()
 
     def watch() -> None:
         while _watched() == first:
@@ -180,6 +191,19 @@ def _watched() -> tuple[int, ...]:
         return (parent,)
     name, _, fields = status.partition("(")[2].rpartition(")")
     return (parent, int(fields.split()[1])) if name in SHELLS else (parent,)
+
+
+def commit() -> dict:
+    """Git's commit, and whether tracked files differ from it.
+
+    A job on a cluster has no repository: the environment says what it was sent from.
+    """
+    if sent_from := os.environ.get(COMMIT):
+        return json.loads(sent_from)
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def _git(*args: str) -> str | None:
@@ -206,8 +230,7 @@ def record(stage: str, started: float) -> dict:
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 2),
         "run_id": os.environ.get("OLIVEPRESS_RUN_ID"),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **commit(),
         "platform": platform.platform(),
         "versions": versions(),
     }

@@ -18,21 +18,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import dvc.stage.run
 import networkx as nx
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
-from dvc.stage.cache import _get_cache_hash, _get_stage_hash
+from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
 
 from stages.errors import UserError
 from tasks import store
 from tasks.command import Job
-from tasks.need import Action, Need, need_of, outdated
+from tasks.need import Action, Inputs, Need, inputs_of, need_of, outdated
 
 for _name in ("dvc", "dvc_data"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -52,6 +52,22 @@ class Outcome:
     seconds: float
     key: str | None
     outs: list[str]
+    where: str | None = None
+    """The machine it ran on, if not this one."""
+
+
+class Elsewhere(Protocol):
+    """Another machine, for a stage that has to run."""
+
+    ran_on: str | None
+    """Its name, once the stage ran there."""
+
+    def bring(self, key: str, inputs: Inputs) -> None:
+        """Leave the record and the outputs of the stage with this key in DVC's cache.
+
+        Raises:
+            StageFailed: with the stage's last words, or why it could not run there.
+        """
 
 
 _here = threading.local()  # .job: what this thread does for a stage
@@ -155,6 +171,8 @@ def reproduce(
     on_line: Callable[[str], None],
     limit_seconds: float,
     env: dict[str, str] | None = None,
+    *,
+    elsewhere: Elsewhere | None = None,
 ) -> Outcome:
     """Bring one stage up to date: skip it, restore it from the cache, or run it.
 
@@ -164,6 +182,7 @@ def reproduce(
         on_line: called with each line the stage prints, from this thread.
         limit_seconds: the stage's process group is killed after this long.
         env: added to the environment of the stage.
+        elsewhere: where it runs if it has to; None for this machine.
 
     Raises:
         StageFailed: with the stage's last words; its previous outputs are put back.
@@ -172,15 +191,17 @@ def reproduce(
     job = _here.job = Job(on_line, limit_seconds, env or {})
     try:
         with job.at_work(), _opened(root) as repo:
-            reasons = _bring_up_to_date(repo, name, job)
+            reasons = _bring_up_to_date(repo, name, job, elsewhere)
             stage = _stage(repo, name)
+            where = elsewhere.ran_on if elsewhere else None
             return Outcome(
                 stage=name,
-                action="run" if job.process else "restore" if reasons else "unchanged",
+                action="run" if job.process or where else "restore" if reasons else "unchanged",
                 reasons=reasons,
                 seconds=time.monotonic() - started,
                 key=_get_stage_hash(stage) if stage.deps and stage.outs else None,
                 outs=[str(out) for out in stage.outs],
+                where=where,
             )
     except UserError as error:
         _put_back(root, name)
@@ -189,7 +210,7 @@ def reproduce(
         _here.job = None
 
 
-def _bring_up_to_date(repo: Repo, name: str, job: Job) -> list[str]:
+def _bring_up_to_date(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[str]:
     """Have DVC do what a stage needs; return why, which is nothing when it was up to date."""
     stage = _stage(repo, name)
     need = need_of(stage)
@@ -198,13 +219,33 @@ def _bring_up_to_date(repo: Repo, name: str, job: Job) -> list[str]:
     for out in stage.outs:
         if out.changed_cache():
             store.drop_bad_objects(out)
+    if elsewhere and need.action == "run":
+        _bring(repo, name, elsewhere)
     repo.reproduce(targets=[name], single_item=True, force=outdated(stage))
     if job.process:
         return need.reasons
     unfit = _unfit(_stage(repo, name))
     if unfit:
-        repo.reproduce(targets=[name], single_item=True, force=True)
+        if elsewhere:
+            _bring(repo, name, elsewhere)
+        repo.reproduce(targets=[name], single_item=True, force=not elsewhere)
     return need.reasons + unfit
+
+
+def _bring(repo: Repo, name: str, elsewhere: Elsewhere) -> None:
+    """Have a stage run elsewhere, so that DVC can restore it from its cache.
+
+    Raises:
+        UserError: DVC cannot, so it would run the stage here.
+    """
+    stage = _stage(repo, name)
+    stage.save_deps()
+    if not _can_hash(stage):
+        raise UserError("only a stage with dependencies and outputs in the project can run there")
+    elsewhere.bring(_get_stage_hash(stage), inputs_of(stage))
+    repo._reset()  # what it read of dvc.lock and of files is old
+    if need_of(_stage(repo, name)).action == "run":
+        raise UserError("what it reads was changed here while it ran there; run it again")
 
 
 def _unfit(stage: PipelineStage) -> list[str]:
@@ -214,6 +255,7 @@ def _unfit(stage: PipelineStage) -> list[str]:
     bad = [out for out in stage.outs if not store.as_recorded(out)]
     for out in bad:
         store.drop_bad_objects(out)
+        out.remove()
     return [f"{out} is damaged in the cache" for out in bad]
 
 

@@ -130,9 +130,10 @@ def _weights(file: Path) -> int:
 
 
 def _model(values: params.Params, size: int | None) -> Check:
-    name = {"builtin": "built-in", "hf": values.base.id, "local": values.base.path}[
-        values.base.source
-    ]
+    base = values.base
+    name = base.id if base.source in params.REMOTE else base.path
+    if base.source == "builtin":
+        name = "built-in"
     if size is None:
         return Check("model", "warning", f"{name}: size unknown until it is here")
     return Check("model", "ok", f"{name}: {size / 1e6:,.0f} M parameters")

@@ -24,6 +24,33 @@ class Need:
     reasons: list[str]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage reads."""
+
+    made: list[str]
+    """DVC's names of what makes them: `quantize`, `data/rows.jsonl.dvc`."""
+    files: list[str]
+    """Paths that DVC does not keep."""
+
+
+def inputs_of(stage: PipelineStage) -> Inputs:
+    """What a stage reads, by who keeps it."""
+    above = list(stage.repo.index.graph.successors(stage))
+    made = [Path(out.fs_path) for up in above for out in up.outs]
+    files = [
+        dep.def_path
+        for dep in stage.deps
+        if not isinstance(dep, ParamsDependency)
+        and not any(_overlap(Path(dep.fs_path), out) for out in made)
+    ]
+    return Inputs([up.addressing for up in above], files)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
 def need_of(stage: PipelineStage) -> Need:
     """What a stage needs now; those it depends on must be done."""
     if outdated(stage):

@@ -9,8 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.emulator.client import Azure
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -137,3 +141,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory, api: str) -> Path:
     said = sh("olivepress", "run", "--json", cwd=folder, PREFECT_API_URL=api).stdout
     (folder.parent / "run.json").write_text(said)
     return folder
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azure]:
+    """Azure on loopback; `azure.env` is what a subprocess needs, `azure.reset()` empties it."""
+    from tests.emulator.client import Azure
+
+    with Azure(tmp_path_factory.mktemp("azure")) as running:
+        yield running

@@ -55,6 +55,18 @@ def test_deployment_run_from_a_clone(toy: Path, worker: dict[str, str], api: str
     again = sh("prefect", "deployment", "run", "optimize/local", "--watch", cwd=toy, **worker)
     assert set(states(task_runs(run_id(again.stdout))).values()) == {"Cached"}
 
+    publish = sh(
+        *("prefect", "deployment", "run", "optimize-and-publish/local", "--watch"),
+        *("-p", "name=toy"),
+        cwd=toy,
+        check=False,
+        **worker,
+    )
+    assert (
+        message(publish.stdout)
+        == "publish: models/package is not there yet; olivepress run makes it"
+    )
+
     (toy / "first.py").write_text("import sys\nsys.exit('first: no such luck')\n")
     failed = sh(
         *("prefect", "deployment", "run", "optimize/local", "--watch"),
@@ -63,9 +75,7 @@ def test_deployment_run_from_a_clone(toy: Path, worker: dict[str, str], api: str
         **worker,
     )
     assert failed.returncode == 1 and "finished in state 'Failed'" in failed.stdout
-    with get_client(sync_client=True) as client:
-        state = client.read_flow_run(run_id(failed.stdout)).state
-    assert state is not None and state.message == "first: no such luck"
+    assert message(failed.stdout) == "first: no such luck"
 
 
 def deploy(toy: Path, env: dict[str, str]) -> None:
@@ -81,3 +91,10 @@ def run_id(said: str) -> UUID:
     """The flow run's id, from what `prefect deployment run` prints."""
     lines = [line for line in said.splitlines() if "UUID:" in line]
     return UUID(lines[0].split("UUID:")[1].strip())
+
+
+def message(said: str) -> str | None:
+    """The last state's message of the run that `prefect deployment run` started."""
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run_id(said)).state
+    return state.message if state else None

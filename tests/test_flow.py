@@ -23,7 +23,7 @@ from prefect.client.schemas.objects import Log, State, TaskRun
 from conftest import REPO
 from figures import MEASURED
 from flows import summary
-from flows.optimize import check_time_limits, optimize
+from flows.optimize import check_names, optimize
 from lab import STAGES
 from stages.errors import UserError
 from tasks import bridge, overrides
@@ -59,9 +59,16 @@ def artifacts(run_id: UUID) -> dict[str | None, str]:
         return {artifact.key: str(artifact.data) for artifact in found}
 
 
-def logs(run_id: UUID) -> list[Log]:
-    with get_client(sync_client=True) as client:
-        return client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id])))
+def logs(run_id: UUID, until: str) -> list[Log]:
+    """The lines of a run, once one begins with `until`: they are sent in the background."""
+    deadline = time.monotonic() + 20
+    wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]))
+    while time.monotonic() < deadline:
+        with get_client(sync_client=True) as client:
+            found = client.read_logs(wanted)
+        if any(log.message.startswith(until) for log in found):
+            return found
+    pytest.fail(f"{until!r} is not among {[log.message for log in found]}")
 
 
 def test_first_run_completes_and_second_is_cached(toy: Path) -> None:
@@ -153,9 +160,9 @@ def test_a_time_limit_of_no_stage_fails_the_run(toy: Path) -> None:
 )
 def test_the_nearest_stage_is_named(name: str, near: str) -> None:
     graph = dict.fromkeys(STAGES)
-    check_time_limits({"quantize": 1, "finetune@travel": 2}, graph)
+    check_names("run.time_limits", {"quantize": 1, "finetune@travel": 2}, graph)
     with pytest.raises(UserError, match=rf"{name}: no such stage; did you mean {near}\?"):
-        check_time_limits({name: 30}, graph)
+        check_names("run.time_limits", {name: 30}, graph)
 
 
 def test_what_earlier_runs_left_is_removed_and_told(toy: Path) -> None:
@@ -166,11 +173,7 @@ def test_what_earlier_runs_left_is_removed_and_told(toy: Path) -> None:
     state, runs = flow()
     assert set(states(runs)) == {"first", "each@travel"}
     assert not (toy / "out/each-food").exists() and (toy / "out/each-travel").exists()
-    deadline = time.monotonic() + 20  # logs are sent in the background
-    said: set[str] = set()
-    while "removed out/each-food, which an earlier run left" not in said:
-        assert time.monotonic() < deadline, said
-        said = {log.message for log in logs(flow_run_id(state))}
+    logs(flow_run_id(state), "removed out/each-food, which an earlier run left")
     assert summary.metrics(toy) == {}  # only adapters of params.yaml
 
 
@@ -202,7 +205,8 @@ def test_retries_are_off_and_can_be_switched_on(toy: Path) -> None:
 
 def test_lines_of_a_stage_are_in_the_logs_of_the_run(toy: Path) -> None:
     state, runs = flow()
-    said = {log.message for log in logs(flow_run_id(state)) if log.task_run_id == runs["first"].id}
+    found = logs(flow_run_id(state), "first was here")
+    said = {log.message for log in found if log.task_run_id == runs["first"].id}
     assert "first was here" in said
     assert not any("progress" in line for line in said)
 
@@ -242,11 +246,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(toy: Path) -> None:
     (toy / "report").write_text("in the way")
     state, _ = flow()
     assert state.is_completed()
-    deadline = time.monotonic() + 20  # logs are sent in the background
-    said: list[str] = []
-    while not any(line.startswith("no report was written: ") for line in said):
-        assert time.monotonic() < deadline, said
-        said = [log.message for log in logs(flow_run_id(state))]
+    logs(flow_run_id(state), "no report was written: ")
 
 
 def test_a_failed_run_leaves_its_table_too(toy: Path) -> None:

@@ -77,6 +77,23 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["DVC_SITE_CACHE_DIR"] = str(tmp_path_factory.mktemp("dvc-site-cache"))
 
 
+@pytest.fixture(autouse=True)
+def same_clients_after() -> Iterator[None]:
+    """A test that leaves a proxy or a sign-in behind breaks others, far from its own place."""
+    before = _of_clients()
+    yield
+    assert _of_clients() == before
+
+
+def _of_clients() -> dict[str, str]:
+    kinds = ("_PROXY", "_CA_BUNDLE", "SSL_CERT_FILE"), ("AZURE", "HF_", "MLFLOW")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper().endswith(kinds[0]) or name.startswith(kinds[1])
+    }
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For small matrices: starting a second thread costs more than it does."""

@@ -254,10 +254,10 @@ def test_dvc_fetches_it_once(place: Place, tmp_path: Path) -> None:
     for name in ("params.yaml", "models/toolchain.json"):
         shutil.copy(place.project / name, project / name)
     (project / "dvc.yaml").write_text(FETCH)
-    sh("dvc", "repro", cwd=project, **place.env())
+    sh("dvc", "repro", cwd=project, **place.azure.env, PYTHONPATH=str(REPO))
     place.azure.calm()
     shutil.rmtree(project / "models/base")
-    sh("dvc", "repro", cwd=project, **place.env())
+    sh("dvc", "repro", cwd=project, **place.azure.env, PYTHONPATH=str(REPO))
     assert (project / "models/base/config.json").exists()
     assert not place.azure.calls()
     kept = (project / "dvc.lock").read_text() + (project / "models/lineage/fetch.json").read_text()

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -299,10 +300,9 @@ def test_a_block_may_take_longer_than_the_limit_for_connecting(
     monkeypatch.setattr(blobs, "TRIES", 1)
     monkeypatch.setitem(client.TIMEOUTS, "connection_timeout", 1)
     slow = Slow(azure.env["HTTPS_PROXY"], 1e6)
-    for name in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(name, slow.url)
-    store.container = store.connect()
-    blobs.upload(store, "p/", {"file": path}, lambda more: None)
+    with mock.patch.dict(os.environ, HTTPS_PROXY=slow.url, https_proxy=slow.url):
+        store.container = store.connect()
+        blobs.upload(store, "p/", {"file": path}, lambda more: None)
     assert {blob["size"] for blob in azure.blobs("p/")} == {3_000_000}
 
 

@@ -86,7 +86,7 @@ def same_clients_after() -> Iterator[None]:
 
 
 def _of_clients() -> dict[str, str]:
-    kinds = ("_PROXY", "_CA_BUNDLE", "SSL_CERT_FILE"), ("AZURE", "HF_", "MLFLOW")
+    kinds = ("_PROXY", "_CA_BUNDLE", "SSL_CERT_FILE"), ("AZURE_", "HF_", "MLFLOW_")
     return {
         name: value
         for name, value in os.environ.items()

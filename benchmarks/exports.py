@@ -22,9 +22,9 @@ from quantizers import WINDOW, calibration, machine, parser_of, quantize
 from transformers import AutoTokenizer
 
 from passes.lora import load_adapted
-from stages.evaluate import size_mb
 from stages.export import export
 from stages.generation import Session
+from stages.measure import size_mb
 from stages.params import Export
 from stages.scoring import Agreement, Example, Score, onnx_logits, torch_logits
 

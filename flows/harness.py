@@ -75,7 +75,7 @@ def lm_eval(
         made = sorted(p.name for p in ADAPTERS.glob("[!.]*") if p.is_dir())
         name_or_none = choose(made, adapter) if models != ["base"] else None
         from stages import harness, harness_tasks
-        from stages.evaluate import finite
+        from stages.measure import finite
 
         with _progress() as bars:
             bar = bars.add_task("tasks", total=None)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import UserError
-from stages.gates import check_gates
+from stages.gates import OF_EVALUATE, check_gates
+from stages.measure import MEASURED, finite, known_text, size_mb
 from stages.params import Evaluate, Params
-from stages.rows import read_halves, read_prepared
+from stages.rows import read_prepared
 from stages.stage import (
     ADAPTERS,
     BASE,
@@ -45,9 +46,10 @@ def main(params: Params, adapter: str) -> None:
     """Write metrics/NAME.json and plots/perplexity/NAME.csv, then check params.gates.
 
     Perplexity and exact answers are those of stages/scoring.py; `text_perplexity` is that of
-    params.evaluate.text, which the base model knows. Sizes are of whole folders, in MB
-    of 10^6 bytes. A number that is not finite is null in the file. Where models/onnx is for another
-    machine, what needs it is null, and `not_measured` says why.
+    params.evaluate.text, which the base model knows. Of the base and the quantized model, that and
+    the size are what stages/measure.py found, which checks their gate too. A number that is not
+    finite is null in the file. Where models/onnx is for another machine, what needs it is null, and
+    `not_measured` says why.
 
     Raises:
         UserError: a gate is not met; the figures are written all the same.
@@ -57,25 +59,22 @@ def main(params: Params, adapter: str) -> None:
     # Timed before torch is there to take memory and processor caches.
     timed = speed(rows[0]["text_prompt"], onnx_adapter, params.evaluate.speed_tokens)
     reason = timed.get("not_measured")
+    measured = read_json(MEASURED)
     metrics: dict[str, Any] = {
         "not_measured": reason,
         "speed": None if reason else timed,
-        "size_mb": {
-            "base": size_mb(BASE),
-            "quantized": size_mb(QUANTIZED),
-            "onnx": size_mb(ONNX),
-            "adapter": size_mb(onnx_adapter),
-        },
+        "size_mb": measured["size_mb"] | {"onnx": size_mb(ONNX), "adapter": size_mb(onnx_adapter)},
         "prompt_template": read_json(PREPARED / adapter / "report.json")["prompt_template"],
     }
     progress(1, 4, "speed not measured" if reason else "speed measured")
     metrics |= compare(rows, adapter, params.evaluate, with_onnx=not reason)
+    metrics["text_perplexity"] = measured["text_perplexity"] | metrics["text_perplexity"]
     with new_output(METRICS / f"{adapter}.json") as out:
         write_json(out, finite(metrics))
     with new_output(PLOTS / "perplexity" / f"{adapter}.csv") as out:
         out.write_text(bars(metrics), "utf-8")
     print(table(metrics))
-    check_gates(metrics, params.gates, adapter)
+    check_gates(metrics, params.gates, adapter, OF_EVALUATE)
 
 
 def choose(path: Path, max_rows: int) -> list[dict]:
@@ -104,20 +103,6 @@ def speed(text: str, adapter: Path, tokens: int) -> dict:
     raise UserError(f"{ONNX} does not run: {said[-1]} ({end})")
 
 
-def size_mb(path: Path) -> float:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return round(sum(p.stat().st_size for p in files) / 1e6, 3)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for every number that is not finite, for which JSON has no word."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def bars(metrics: dict) -> str:
     """CSV of the perplexities that were measured and are finite."""
     rows = [(name, metrics[name]["perplexity"]) for name in MODELS if metrics[name]]
@@ -134,20 +119,14 @@ def compare(rows: list[dict], adapter: str, params: Evaluate, with_onnx: bool) -
     from transformers import AutoTokenizer
 
     from passes.lora import load_adapted
-    from stages.scoring import encode, excerpts, score, torch_logits
+    from stages.scoring import encode, score, torch_logits
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     examples = encode(tokenizer, rows)
-    texts = read_halves(Path(params.text), tokenizer)
-    text = excerpts(tokenizer, texts, params.text_tokens, window_length())
-    if not text:
-        raise UserError(f"{params.text}: no text of two tokens or more; see evaluate.text")
-    known: dict[str, float | None] = {"base": None, "quantized": None, "onnx_off": None}
-    figures: dict[str, Any] = {"rows": len(rows), "text_perplexity": known}
+    figures: dict[str, Any] = {"rows": len(rows), "text_perplexity": {"onnx_off": None}}
 
     base = load_adapted(BASE, None)
     figures["base"] = score(examples, torch_logits(base, examples))
-    known["base"] = score(text, torch_logits(base, text))["perplexity"]
     figures["answers"] = answers(base, tokenizer, rows[:ANSWERS], params.max_new_tokens)
     del base
     progress(2, 4, "base model scored")
@@ -155,7 +134,6 @@ def compare(rows: list[dict], adapter: str, params: Evaluate, with_onnx: bool) -
     adapted: Any = load_adapted(QUANTIZED, ADAPTERS / adapter)
     with adapted.disable_adapter():
         figures["quantized"] = score(examples, torch_logits(adapted, examples))
-        known["quantized"] = score(text, torch_logits(adapted, text))["perplexity"]
     progress(3, 4, "quantized model scored")
 
     if not with_onnx:
@@ -166,7 +144,9 @@ def compare(rows: list[dict], adapter: str, params: Evaluate, with_onnx: bool) -
 
     plain = Session(ONNX, {})
     figures["onnx_off"] = score(examples, onnx_logits(plain, examples, None))
-    known["onnx_off"] = score(text, onnx_logits(plain, text, None))["perplexity"]
+    text = known_text(params, tokenizer)
+    on_text = score(text, onnx_logits(plain, text, None))["perplexity"]
+    figures["text_perplexity"]["onnx_off"] = on_text
     session = Session(ONNX, {adapter: ADAPTERS / f"{adapter}.onnx_adapter"})
     check_switch(plain, session, examples[0], adapter)
     figures |= side_by_side(adapted, session, examples, adapter)
@@ -179,11 +159,6 @@ def compare(rows: list[dict], adapter: str, params: Evaluate, with_onnx: bool) -
             answer[name] = "".join(session.stream_text(prompt, which, params.max_new_tokens))
     progress(4, 4, "ONNX model scored")
     return figures
-
-
-def window_length() -> int:
-    """Tokens of a text that are scored together: 512, or as many as the model takes."""
-    return min(512, read_json(BASE / "config.json").get("max_position_embeddings", 512))
 
 
 def check_switch(plain: Session, session: Session, example: Example, adapter: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from conftest import REPO, sh
 
 STAGES = [
-    *("toolchain", "fetch", "prepare@travel", "quantize", "finetune@travel"),
+    *("toolchain", "fetch", "prepare@travel", "quantize", "measure", "finetune@travel"),
     *("export", "convert@travel", "evaluate@travel", "package"),
 ]
 

@@ -40,7 +40,9 @@ def test_graph_of_the_project_orders_upstream_first(monkeypatch: pytest.MonkeyPa
     graph = bridge.graph(REPO)
     order = list(graph)
     assert all(order.index(up) < order.index(stage) for stage in graph for up in graph[stage])
-    assert graph["export"] == {"quantize"}  # never an adapter
+    assert graph["export"] == graph["measure"] == {"quantize"}  # never an adapter
+    assert graph["finetune@travel"] == {"quantize", "prepare@travel"}  # and never what is measured
+    assert graph["evaluate@travel"] == {"measure", "convert@travel"}
     assert graph["convert@travel"] == {"finetune@travel", "export"}
     assert graph["package"] == {"evaluate@travel"}
 

@@ -115,6 +115,31 @@ def test_one_edited_row_costs_only_what_reads_it(clone: Path, api: str) -> None:
     assert ran(run(clone, api)) == set()
 
 
+def test_a_quantization_that_costs_too_much_stops_what_builds_on_its_figures(
+    clone: Path, api: str
+) -> None:
+    figures = clone / "metrics/quantized/text.json"
+    before = figures.read_bytes()
+    said = sh(
+        *("olivepress", "run", "--json", "-S", "gates.max_quantized_perplexity_ratio=0.5"),
+        cwd=clone,
+        check=False,
+        PREFECT_API_URL=api,
+    )
+    try:
+        assert said.returncode == 1 and "Traceback" not in said.stderr
+        assert "measure: gates.max_quantized_perplexity_ratio: " in said.stderr
+        assert "and at most 0.5 is wanted; look at quantize" in said.stderr
+        states = {row["stage"]: row["state"] for row in json.loads(said.stdout)["stages"]}
+        assert states.pop("measure") == "Failed"
+        assert not {"evaluate@travel", "package"} & set(states)
+        assert set(states.values()) == {"Cached"}
+        assert figures.read_bytes() == before
+    finally:
+        again = run(clone, api, "-S", "gates.max_quantized_perplexity_ratio=1.05")
+    assert again == dict.fromkeys(STAGES, "Cached")
+
+
 def test_same_inputs_same_bytes(lab: Path) -> None:
     before = {stage: bytes_of(lab / path) for stage, path in OUTPUTS.items()}
     for stage in BITWISE:
@@ -144,6 +169,14 @@ def test_the_adapter_knows_travel_and_the_base_does_not(lab: Path) -> None:
 def test_everyday_questions_are_still_answered(lab: Path) -> None:
     answer = olivepress(lab, "generate", "What day follows Sunday?", "--adapter", "none")["answer"]
     assert "Monday" in answer
+
+
+def test_each_adapter_has_the_figures_of_measure(lab: Path) -> None:
+    metrics = json.loads((lab / "metrics/travel.json").read_text())
+    measured = json.loads((lab / "metrics/quantized/text.json").read_text())
+    assert list(measured) == ["size_mb", "text_perplexity"]
+    for part, figures in measured.items():
+        assert list(figures) == ["base", "quantized"] and figures.items() <= metrics[part].items()
 
 
 def test_pytorch_and_onnx_agree(lab: Path) -> None:

@@ -87,6 +87,7 @@ def project(tmp_path_factory) -> Path:
     (project / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
     (project / "models/base/LICENSE").write_text("MIT\n")
     shutil.copytree(project / "models/base", project / "models/quantized")
+    assert run_stage(project, "measure").returncode == 0
     params = load(project / "params.yaml")
     export(
         project / "models/quantized",
@@ -130,6 +131,26 @@ def test_evaluate_agrees_with_itself(project):
     plot = (project / "plots/perplexity/travel.csv").read_text("utf-8").splitlines()
     assert plot[0] == "model,perplexity"
     assert len(plot) == 6
+
+
+def test_evaluate_takes_over_what_measure_found_and_leaves_its_gate_to_it(project, tmp_path):
+    copy = Path(shutil.copytree(project, tmp_path / "project"))
+    values = yaml.safe_load((copy / "params.yaml").read_text("utf-8"))
+    values["gates"]["max_quantized_perplexity_ratio"] = 1.05
+    values["evaluate"] |= {"max_rows": 4, "max_new_tokens": 4}
+    (copy / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    found = {
+        "text_perplexity": {"base": 1.25, "quantized": None},
+        "size_mb": {"base": 400.0, "quantized": 100.0},
+    }
+    (copy / "metrics/quantized/text.json").write_text(json.dumps(found))
+    done = run_stage(copy, "evaluate", "--adapter", "travel")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((copy / "metrics/travel.json").read_text("utf-8"))
+    before = json.loads((project / "metrics/travel.json").read_text("utf-8"))
+    assert list(metrics) == list(before)
+    for part, more in (("text_perplexity", ["onnx_off"]), ("size_mb", ["onnx", "adapter"])):
+        assert metrics[part] == found[part] | {name: before[part][name] for name in more}
 
 
 def test_failed_gate_leaves_the_figures(project):

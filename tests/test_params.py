@@ -163,7 +163,11 @@ def test_defaults_that_shape_outputs_are_in_the_cache_key() -> None:
 def imported(path: Path) -> set[str]:
     """The project's files that a file names in imports, or in text as a module to import."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []  # imported for its types alone: never when a stage runs
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import harness, release, share, talk
+from flows import fleet, harness, release, share, talk
 from flows.console import Json, console, in_project, print_json, quiet_prefect, stop, without_gc
 from stages.errors import UserError
 
@@ -134,6 +134,9 @@ app.command("lm-eval")(harness.lm_eval)
 app.command()(release.publish)
 app.command()(share.push)
 app.command()(share.pull)
+app.command()(fleet.sweep)
+app.command()(fleet.adopt)
+app.command()(fleet.worker)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import queue
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -22,6 +22,8 @@ from stages.errors import UserError
 from tasks import bridge, doctor
 from tasks import overrides as changes
 from tasks.command import stages_end_with_caller
+from tasks.pool import gpu
+from tasks.pool.claims import Claims
 from tasks.stage import run_stage
 from tasks.terminal import terminal
 
@@ -39,35 +41,70 @@ def optimize(overrides: dict[str, Any] | None = None) -> Any:
     """
     try:
         root = bridge.find_root()
-        for change in changes.apply(root, overrides or {}):
-            get_run_logger().info("params.yaml: %s", change)
-        values = params.load(root / "params.yaml")
-        settings = values.run
-        doctor.check_or_raise(root)
-        graph, removed = bridge.begin(root)
-        for path in removed:
-            get_run_logger().info("removed %s, which an earlier run left", path)
-        check_names("run.time_limits", settings.time_limits, graph)
-        groups = {stage.partition("@")[0] for stage in graph}
-        check_names("compute", values.compute, {*graph, *groups})
+        values, graph = begin(root, overrides or {})
     except UserError as error:
         return Failed(message=str(error))
+    rows = run_stages(root, values, graph)
+    summary.publish(root, rows)
+    if any(row.state != "Cached" for row in rows):
+        report(root)
+    failed = [row.reason for row in rows if not row.done]
+    return Failed(message=failed[0], data=rows) if failed else rows
+
+
+def begin(root: Path, overrides: dict[str, Any]) -> tuple[params.Params, dict[str, set[str]]]:
+    """The parameters, changed and checked, and the stages with what each directly depends on.
+
+    Raises:
+        UserError: what is wrong in params.yaml, dvc.yaml or the machine.
+    """
+    for change in changes.apply(root, overrides):
+        get_run_logger().info("params.yaml: %s", change)
+    values = params.load(root / "params.yaml")
+    doctor.check_or_raise(root)
+    graph, removed = bridge.begin(root)
+    for path in removed:
+        get_run_logger().info("removed %s, which an earlier run left", path)
+    check_names("run.time_limits", values.run.time_limits, graph)
+    groups = {stage.partition("@")[0] for stage in graph}
+    check_names("compute", values.compute, {*graph, *groups})
+    gpu.announce()
+    return values, graph
+
+
+def run_stages(
+    root: Path,
+    values: params.Params,
+    graph: dict[str, set[str]],
+    claims: Claims | None = None,
+    go_on: Callable[[summary.Row], bool] = lambda row: True,
+) -> list[summary.Row]:
+    """Bring the stages up to date, in order; a row for each that was begun.
+
+    Args:
+        root: the project's folder.
+        values: its parameters.
+        graph: stages with what each waits for.
+        claims: of the flow run, when other machines may want the same stages.
+        go_on: asked after each stage that ended well whether to begin others.
+    """
+    settings = values.run
 
     def start(stage: str, upstream: list[PrefectFuture]) -> PrefectFuture:
         limit = settings.time_limits.get(stage, settings.time_limit_minutes) * 60
         named = run_stage.with_options(retries=settings.retries)
-        return named.submit(stage, root, limit, wait_for=upstream)  # type: ignore[call-overload]
+        return named.submit(stage, root, limit, claims, wait_for=upstream)  # type: ignore[call-overload]
 
-    rows = []
+    rows: list[summary.Row] = []
+
+    def ended(stage: str, state: State, seconds: float) -> bool:
+        rows.append(summary.row(stage, state, seconds))
+        terminal.ended(rows[-1].stage, rows[-1].state, rows[-1].reason, seconds)
+        return rows[-1].done and go_on(rows[-1])
+
     with stages_end_with_caller():
-        for stage, state, seconds in in_order(graph, settings.concurrency, start):
-            rows.append(summary.row(stage, state, seconds))
-            terminal.ended(rows[-1].stage, rows[-1].state, rows[-1].reason, seconds)
-    summary.publish(root, rows)
-    if any(row.state != "Cached" for row in rows):
-        report(root)
-    failed = [row.reason for row in rows if row.state not in ("Completed", "Cached")]
-    return Failed(message=failed[0], data=rows) if failed else rows
+        in_order(graph, settings.concurrency, start, ended)
+    return rows
 
 
 def report(root: Path) -> None:
@@ -94,37 +131,36 @@ def in_order(
     graph: dict[str, set[str]],
     concurrency: int,
     start: Callable[[str, list[PrefectFuture]], PrefectFuture],
-) -> Iterator[tuple[str, State, float]]:
+    ended: Callable[[str, State, float], bool],
+) -> None:
     """Start each stage when those it depends on are done.
 
-    Yields the stage, its final state and its seconds as it ends. After a failure nothing new is
-    started, and what runs is waited for.
+    Calls `ended` with the stage, its final state and its seconds. Once that says False nothing new
+    is started, and what runs is waited for.
     """
     order = TopologicalSorter(graph)
     order.prepare()
     futures: dict[str, PrefectFuture] = {}
     began: dict[str, float] = {}
-    ended: queue.Queue[str] = queue.Queue()
+    finished: queue.Queue[str] = queue.Queue()
     ready: list[str] = []
-    running, failed = 0, False
+    running, go_on = 0, True
     while order.is_active():
         ready += sorted(order.get_ready())
-        while ready and running < concurrency and not failed:
+        while ready and running < concurrency and go_on:
             stage = ready.pop(0)
             began[stage] = time.monotonic()
             futures[stage] = start(stage, [futures[up] for up in sorted(graph[stage])])
-            futures[stage].add_done_callback(partial(_put, ended, stage))
+            futures[stage].add_done_callback(partial(_put, finished, stage))
             running += 1
         if not running:
             return
-        stage = ended.get()
+        stage = finished.get()
         running -= 1
         futures[stage].wait()
-        state = futures[stage].state
-        failed = failed or not state.is_completed()
-        yield stage, state, time.monotonic() - began[stage]
-        if not failed:
-            order.done(stage)
+        if not ended(stage, futures[stage].state, time.monotonic() - began[stage]):
+            go_on = False
+        order.done(stage)
 
 
 def _put(ended: queue.Queue[str], stage: str, _: PrefectFuture) -> None:

@@ -154,6 +154,29 @@ def line(
     return _picture(about, draw)
 
 
+def scatter(
+    about: About, points: Sequence[tuple[float, float, str, str]], labels: tuple[str, str]
+) -> Picture:
+    """(x, y, label, kind): points of kind `front` are joined, others stand alone."""
+
+    def draw(axes: Axes) -> None:
+        front = sorted((x, y) for x, y, _, kind in points if kind == "front")
+        axes.plot([x for x, _ in front], [y for _, y in front], color=TAUGHT, linewidth=1.2)
+        for x, y, label, kind in points:
+            color = TAUGHT if kind == "front" else PLAIN
+            mark = "o" if kind in ("front", "met") else "x"
+            axes.plot(x, y, mark, color=color, markersize=6)
+            axes.annotate(label, (x, y), (5, 4), textcoords="offset points", fontsize=7)
+        axes.margins(0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.grid()
+
+    return _picture(about, draw, height=2.8)
+
+
 def speed(about: About, parts: Sequence[tuple[str, Sequence[Point]]]) -> Picture:
     """Bars from 0, a group for each quantity: (its name with the unit, its points)."""
 

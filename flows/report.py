@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows import pictures
+from flows import page, pictures
 from flows.adapter import Section, base_pictures, section
 from flows.pictures import Picture
 from stages import params
@@ -63,27 +62,19 @@ def write(root: Path, folder: Path) -> Written:
         raise UserError(
             "nothing to report yet: no figures in metrics/ or plots/; `olivepress run` makes them"
         )
-    page = render(root, settings, sections, common)
+    text = render(root, settings, sections, common)
     folder.mkdir(parents=True, exist_ok=True)
     pictures.write(drawn, folder)
-    (folder / PAGE).write_text(page, "utf-8")
+    (folder / PAGE).write_text(text, "utf-8")
     return Written(folder / PAGE, sections, drawn)
 
 
 def render(root: Path, settings: Params, sections: list[Section], common: list[Picture]) -> str:
-    """The page. Prompts and answers are anyone's text: all but the pictures is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """The page."""
     needs = bridge.status(root)
     origins = made(root, settings, list(needs))
-    return environment.get_template("report.html").render(
+    return page.render(
+        "report.html",
         model=origin(settings),
         settings=settings,
         sections=sections,
@@ -91,8 +82,6 @@ def render(root: Path, settings: Params, sections: list[Section], common: list[P
         stale={name: need.reasons for name, need in needs.items() if need.action != "unchanged"},
         origins=[(one, flat(one.params)) for one in origins],
         versions=versions(origins),
-        palette=pictures.PALETTE,
-        written=datetime.now(UTC).isoformat(" ", "minutes").partition("+")[0],
     )
 
 

@@ -26,6 +26,10 @@ class Row:
     """DVC's stage key, 64 hex digits."""
     outs: list[str]
 
+    @property
+    def done(self) -> bool:
+        return self.state in ("Completed", "Cached")
+
 
 def row(stage: str, state: Any, seconds: float) -> Row:
     """The row of a stage from the final state of its task run."""
@@ -115,7 +119,7 @@ def publish(root: Path, rows: list[Row]) -> None:
         key="stages",
         description="What was done with each stage, and why",
     )
-    done = all(row.state in ("Completed", "Cached") for row in rows)
+    done = all(row.done for row in rows)
     text = markdown(rows, metrics(root) if done else {})
     create_markdown_artifact(text, key="summary", description="Stages and metrics")
 

@@ -33,6 +33,7 @@ from stages.errors import UserError
 from tasks import store
 from tasks.command import Job
 from tasks.need import Action, Inputs, Need, inputs_of, need_of, outdated
+from tasks.pool import gpu
 
 for _name in ("dvc", "dvc_data"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -70,6 +71,24 @@ class Elsewhere(Protocol):
         """
 
 
+class Turn(Protocol):
+    """One stage that has to run, and nobody else who runs it."""
+
+    ran: bool
+    """To be set once its command ran here."""
+
+
+class Flight(Protocol):
+    """Other machines that may want the same stage."""
+
+    def turn(self, stage: str, key: str) -> contextlib.AbstractContextManager[Turn]:
+        """Alone with the stage of this key; what another made of it is in DVC's cache on entry.
+
+        Raises:
+            UserError: that could not be found out, or what was made could not be shared.
+        """
+
+
 _here = threading.local()  # .job: what this thread does for a stage
 
 
@@ -86,13 +105,11 @@ def find_root(start: Path | None = None) -> Path:
 @contextlib.contextmanager
 def _opened(root: Path) -> Iterator[Repo]:
     """A repo of its own for each thread and call: one shared `Repo` breaks across threads."""
-    repo = Repo(str(root), _wait_for_lock=True)
     try:
-        yield repo
+        with contextlib.closing(Repo(str(root), _wait_for_lock=True)) as repo:
+            yield repo
     except DvcException as error:
         raise UserError(_words(error)) from error
-    finally:
-        repo.close()
 
 
 def _words(error: BaseException) -> str:
@@ -148,6 +165,23 @@ def begin(root: Path) -> tuple[dict[str, set[str]], list[str]]:
         return order, [*store.remove_leftovers(repo), *store.remove_gone(repo, order)]
 
 
+def settings(root: Path) -> tuple[dict[str, Any], Path]:
+    """DVC's configuration, secrets included, and the folder of its cache.
+
+    Raises:
+        UserError: one of its files is not valid.
+    """
+    with _opened(root) as repo:
+        return repo.config, Path(repo.cache.local_cache_dir)
+
+
+def sources(root: Path, names: list[str]) -> set[str]:
+    """DVC's names of what makes the inputs of stages: other stages and `.dvc` files."""
+    with _opened(root) as repo:
+        stages = [_stage(repo, name) for name in names if not name.endswith(".dvc")]
+        return {made for stage in stages for made in inputs_of(stage).made}
+
+
 def status(root: Path) -> dict[str, Need]:
     """What each stage needs, upstream first. A stage below a stale one waits for it."""
     needs: dict[str, Need] = {}
@@ -173,6 +207,7 @@ def reproduce(
     env: dict[str, str] | None = None,
     *,
     elsewhere: Elsewhere | None = None,
+    flight: Flight | None = None,
 ) -> Outcome:
     """Bring one stage up to date: skip it, restore it from the cache, or run it.
 
@@ -183,15 +218,16 @@ def reproduce(
         limit_seconds: the stage's process group is killed after this long.
         env: added to the environment of the stage.
         elsewhere: where it runs if it has to; None for this machine.
+        flight: who else may want it; None if nobody does.
 
     Raises:
         StageFailed: with the stage's last words; its previous outputs are put back.
     """
     started = time.monotonic()
-    job = _here.job = Job(on_line, limit_seconds, env or {})
+    job = _here.job = Job(on_line, limit_seconds, env or {}, turn=gpu.turn(name))
     try:
         with job.at_work(), _opened(root) as repo:
-            reasons = _bring_up_to_date(repo, name, job, elsewhere)
+            reasons = _bring_up_to_date(repo, name, job, elsewhere, flight)
             stage = _stage(repo, name)
             where = elsewhere.ran_on if elsewhere else None
             return Outcome(
@@ -210,7 +246,9 @@ def reproduce(
         _here.job = None
 
 
-def _bring_up_to_date(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[str]:
+def _bring_up_to_date(
+    repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None, flight: Flight | None
+) -> list[str]:
     """Have DVC do what a stage needs; return why, which is nothing when it was up to date."""
     stage = _stage(repo, name)
     need = need_of(stage)
@@ -219,17 +257,36 @@ def _bring_up_to_date(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | No
     for out in stage.outs:
         if out.changed_cache():
             store.drop_bad_objects(out)
-    if elsewhere and need.action == "run":
+    key = _key_now(stage) if flight and need.action == "run" else None
+    if not flight or not key:
+        return need.reasons + _do(repo, name, job, elsewhere)
+    with flight.turn(name, key) as turn:
+        repo._reset()  # what it read of the cache is old
+        unfit = _do(repo, name, job, elsewhere)
+        turn.ran = bool(job.process)
+    return need.reasons + unfit
+
+
+def _key_now(stage: PipelineStage) -> str | None:
+    """The key for what a stage's inputs are now."""
+    stage.save_deps()
+    return _get_stage_hash(stage) if _can_hash(stage) else None
+
+
+def _do(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[str]:
+    """Restore a stage or run it; return why what was restored could not be used."""
+    stage = _stage(repo, name)
+    if elsewhere and need_of(stage).action == "run":
         _bring(repo, name, elsewhere)
     repo.reproduce(targets=[name], single_item=True, force=outdated(stage))
     if job.process:
-        return need.reasons
+        return []
     unfit = _unfit(_stage(repo, name))
     if unfit:
         if elsewhere:
             _bring(repo, name, elsewhere)
         repo.reproduce(targets=[name], single_item=True, force=not elsewhere)
-    return need.reasons + unfit
+    return unfit
 
 
 def _bring(repo: Repo, name: str, elsewhere: Elsewhere) -> None:
@@ -239,10 +296,10 @@ def _bring(repo: Repo, name: str, elsewhere: Elsewhere) -> None:
         UserError: DVC cannot, so it would run the stage here.
     """
     stage = _stage(repo, name)
-    stage.save_deps()
-    if not _can_hash(stage):
+    key = _key_now(stage)
+    if not key:
         raise UserError("only a stage with dependencies and outputs in the project can run there")
-    elsewhere.bring(_get_stage_hash(stage), inputs_of(stage))
+    elsewhere.bring(key, inputs_of(stage))
     repo._reset()  # what it read of dvc.lock and of files is old
     if need_of(_stage(repo, name)).action == "run":
         raise UserError("what it reads was changed here while it ran there; run it again")

@@ -36,6 +36,7 @@ class Job:
         env: added to the command's environment.
         quiet_seconds: it is killed after so long without a line; None for never.
         grace_seconds: between SIGTERM and the kill, when it is out of time or the caller stops.
+        turn: what the command is run in, such as a turn on the GPU; waiting for it is not counted.
     """
 
     on_line: Callable[[str], None]
@@ -43,6 +44,7 @@ class Job:
     env: dict[str, str]
     quiet_seconds: float | None = None
     grace_seconds: float = 0
+    turn: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     lines: list[str] = field(default_factory=list)
     process: subprocess.Popen | None = None
     stopped: str | None = None
@@ -58,6 +60,10 @@ class Job:
 
     def run(self, argv: list[str], env: dict[str, str], **kwargs: Any) -> int:
         """Run a command to its end, with this Python first on its path; return its exit code."""
+        with self.turn():
+            return self._run(argv, env, **kwargs)
+
+    def _run(self, argv: list[str], env: dict[str, str], **kwargs: Any) -> int:
         if _stopping.is_set():
             return -signal.SIGTERM
         path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"

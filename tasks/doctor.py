@@ -145,18 +145,30 @@ def _memory(size: int | None) -> Check:
     total = psutil.virtual_memory().total
     if size is None:
         return Check("memory", "ok", f"{total / GB:.0f} GB")
-    # evaluate holds the base in float32, 4 bytes a weight; libraries take about 1.5 GB.
-    need = 4 * size + 1.5 * GB
+    need = memory_needed(size)
     text = f"{total / GB:.0f} GB, about {need / GB:.1f} GB needed"
     if total < need:
         return Check("memory", "warning", f"{text}: it will swap or be killed")
     return Check("memory", "ok", text)
 
 
+def memory_needed(size: int) -> float:
+    """Bytes for a model of `size` weights.
+
+    evaluate holds the base in float32, 4 bytes a weight; libraries take about 1.5 GB.
+    """
+    return 4 * size + 1.5 * GB
+
+
+def disk_needed(base: params.Base, size: int) -> float:
+    """Bytes for a run from scratch: all here, and in DVC's cache."""
+    hub = WEIGHTY["fetch"][1] if base.source == "hf" else 0
+    return OTHER_FILES + size * (2 * sum(each for _, each in WEIGHTY.values()) + hub)
+
+
 def _disk(root: Path, base: params.Base, size: int | None) -> Check:
     free = shutil.disk_usage(root).free
-    hub = WEIGHTY["fetch"][1] if base.source == "hf" else 0
-    most = OTHER_FILES + (size or 0) * (2 * sum(each for _, each in WEIGHTY.values()) + hub)
+    most = disk_needed(base, size or 0)
     if free >= most:  # true almost always, and then nobody has to ask DVC
         return Check(
             "disk", "ok", f"{free / GB:.1f} GB free, {most / GB:.1f} GB needed from scratch"

@@ -56,6 +56,25 @@ def apply(root: Path, overrides: Mapping[str, Any]) -> list[str]:
     params.load(path)
     if not overrides:
         return []
+    text, changes, _ = _edited(path, overrides)
+    if changes:
+        temporary = path.with_name(f".params.yaml.tmp-{os.getpid()}")
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    return changes
+
+
+def preview(root: Path, overrides: Mapping[str, Any]) -> params.Params:
+    """The parameters as `apply` would leave them; nothing is written.
+
+    Raises:
+        UserError: as `apply`.
+    """
+    return _edited(root / "params.yaml", overrides)[2]
+
+
+def _edited(path: Path, overrides: Mapping[str, Any]) -> tuple[str, list[str], params.Params]:
+    """The text of params.yaml with the overrides, what changed, and the values, checked."""
     from ruamel.yaml import YAML
 
     editor = YAML()
@@ -78,9 +97,4 @@ def apply(root: Path, overrides: Mapping[str, Any]) -> list[str]:
             section[last] = value
     text = io.StringIO()
     editor.dump(values, text)
-    params.check(yaml.safe_load(text.getvalue()))
-    if changes:
-        temporary = path.with_name(f".params.yaml.tmp-{os.getpid()}")
-        temporary.write_text(text.getvalue(), "utf-8")
-        temporary.replace(path)
-    return changes
+    return text.getvalue(), changes, params.check(yaml.safe_load(text.getvalue()))

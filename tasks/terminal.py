@@ -7,7 +7,10 @@ import threading
 from rich.console import Console
 from rich.status import Status
 
-STYLES = {"Completed": "green", "Cached": "cyan", "Failed": "bold red", "Skipped": "yellow"}
+STYLES = {
+    **{"Completed": "green", "Cached": "cyan", "Failed": "bold red", "Skipped": "yellow"},
+    **{"met": "green", "over a limit": "yellow", "failed": "bold red"},  # of candidates
+}
 
 
 class Terminal:

@@ -1,0 +1,72 @@
+"""A worker that takes the candidates its machine can make, and leaves the others to others."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
+
+from tasks.pool.deployment import asked, ensure
+from tasks.pool.machine import this_machine
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.responses import WorkerFlowRunResponse
+
+# A pool of processes has one kind of worker, and this takes its place.
+warnings.filterwarnings("ignore", message="Type 'Worker' at", category=UserWarning)
+
+
+class Worker(ProcessWorker):
+    """Prefect's worker of processes, in a clone of the project.
+
+    Args:
+        root: the clone, in which the flow runs begin.
+        options: as `ProcessWorker`.
+    """
+
+    type = "process"
+
+    def __init__(self, root: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self.root = root
+        self._left: set[str] = set()
+
+    async def _submit_scheduled_flow_runs(
+        self, flow_run_response: list[WorkerFlowRunResponse]
+    ) -> list[FlowRun]:
+        """Prefect's, for those that this machine can make: nothing else lets a worker decline."""
+        fit = [entry for entry in flow_run_response if self._can(entry.flow_run)]
+        return await super()._submit_scheduled_flow_runs(fit)
+
+    def _can(self, run: FlowRun) -> bool:
+        lacks = this_machine(self.root).lacks(asked(run.job_variables))
+        if lacks and str(run.id) not in self._left:
+            self._left.add(str(run.id))
+            self._logger.warning("%s is left to others: it needs %s", run.name, ", ".join(lacks))
+        return not lacks
+
+    async def run(
+        self, flow_run: FlowRun, configuration: ProcessJobConfiguration, task_status: Any = None
+    ) -> ProcessWorkerResult:
+        """In the clone, and not in an empty folder."""
+        configuration.working_dir = self.root
+        return await super().run(flow_run, configuration, task_status)
+
+
+def default_name(root: Path) -> str:
+    """Of a worker: two on one machine are told apart by their clones."""
+    return f"{platform.node()}:{root}"
+
+
+def serve(root: Path, pool: str, limit: int, name: str) -> None:
+    """Take candidates until it is interrupted; then what runs is stopped."""
+    ensure(pool)
+    worker = Worker(
+        root, work_pool_name=pool, name=name, limit=limit, create_pool_if_not_found=False
+    )
+    asyncio.run(worker.start(printer=lambda text: None))

@@ -1,0 +1,1 @@
+"""What a sweep asks, what it found, and how that is kept."""

@@ -44,7 +44,8 @@ def ensure(root: Path) -> str:
         PREFECT_API_URL, and written to prefect.toml when the server is this project's own.
 
     Raises:
-        UserError: the configured server does not answer, or a new one did not start.
+        UserError: the configured server does not answer or wants another sign-in, or a new one
+            did not start.
     """
     chosen = os.environ.get("PREFECT_API_URL") or _profile_url()
     if chosen:
@@ -52,6 +53,10 @@ def ensure(root: Path) -> str:
             raise UserError(
                 f"PREFECT_API_URL is {chosen}, and nothing answers there; start that server, "
                 "or unset it to have one started here"
+            )
+        if not _signed_in(chosen):
+            raise UserError(
+                f"{chosen} wants a sign-in: set PREFECT_API_AUTH_STRING to its USER:PASSWORD"
             )
         return chosen
     own = _own_url(root)
@@ -73,6 +78,25 @@ def answers(api_url: str, timeout: float = 2.0) -> bool:
             return reply.read().strip() == b"true"
     except (urllib.error.URLError, OSError, ValueError):
         return False
+
+
+def _signed_in(api_url: str) -> bool:
+    """Whether the server takes requests as the settings sign them; /health is open to all."""
+    try:
+        with urllib.request.urlopen(f"{api_url}/admin/version", timeout=START_SECONDS):
+            return True
+    except urllib.error.HTTPError as error:
+        if error.code != 401:
+            return True
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.api_version()
+    except PrefectHTTPStatusError as error:
+        return error.response.status_code != 401
+    return True
 
 
 def stop(root: Path) -> bool:

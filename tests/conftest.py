@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 
 if TYPE_CHECKING:
+    from click.testing import Result
+    from exported import Lab
+
     from tests.emulator.client import Azure
 
 REPO = Path(__file__).resolve().parents[1]
@@ -64,6 +70,20 @@ def sh(
     return done
 
 
+def typed(*args: str, cwd: Path, **env: str) -> Result:
+    """`olivepress ARGS` in this process: one of its own takes 1 to 3 s to begin."""
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+    from tasks.terminal import terminal
+
+    loud = mock.patch.object(terminal, "quiet", False)
+    with contextlib.chdir(cwd), mock.patch.dict(os.environ, env), loud:
+        done = CliRunner().invoke(app, args, prog_name="olivepress")
+    assert isinstance(done.exception, SystemExit | None), done.exception
+    return done
+
+
 def hears_ctrl_c() -> None:
     """For a child process: undo that a job in the background of a script ignores SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -106,11 +126,13 @@ def one_thread() -> Iterator[None]:
 
 
 def init_project(folder: Path) -> Path:
-    """Make `folder` a Git and DVC project with this project's parameters and DVC settings."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make `folder` a Git and DVC project with this project's parameters and DVC settings.
+
+    The files are those that `dvc init` once wrote, as in any clone.
+    """
+    (folder / ".dvc").mkdir(parents=True)
     sh("git", "init", "--quiet", cwd=folder)
-    sh("dvc", "init", "--quiet", cwd=folder)
-    for name in (".dvc/config", ".dvcignore", "params.yaml"):
+    for name in (".dvc/.gitignore", ".dvc/config", ".dvcignore", "params.yaml"):
         shutil.copy(REPO / name, folder / name)
     return folder
 
@@ -158,6 +180,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory, api: str) -> Path:
     said = sh("olivepress", "run", "--json", cwd=folder, PREFECT_API_URL=api).stdout
     (folder.parent / "run.json").write_text(said)
     return folder
+
+
+@pytest.fixture(scope="session")
+def labs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lab]:
+    """Tiny models by architecture, each taken through the stages once; tests leave them alone."""
+    from exported import Lab
+
+    return functools.cache(lambda name: Lab(tmp_path_factory.mktemp(name), name))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,17 +27,20 @@ from stages.errors import UserError
 if TYPE_CHECKING:
     from tests.emulator.client import Azure
 
-SIZES = {"model.onnx.data": 20_000_000, "sub/small.json": 17, "empty": 0}
-# Of a first call that matches, or of more; each is got over without a word.
-PASSING = [
-    {"status": 503, "times": 2},
-    {"status": 429, "headers": {"Retry-After": "1"}},
-    {"status": 429},
-    {"status": 401},
-    {"status": 403},
+BLOCK = 1 << 20  # a quarter of what it is outside of tests
+SIZES = {"model.onnx.data": 5_000_000, "sub/small.json": 17, "empty": 0}
+CUT = 250_000
+# What happens to a call on the way up and to some on the way down; each is got over without a word.
+WEATHER: dict[str, tuple[dict[str, Any], ...]] = {
+    "503 twice": ({"status": 503, "times": 2},) * 2,
+    "429, wait": ({"status": 429, "headers": {"Retry-After": "1"}},) * 2,
+    "429": ({"status": 429},) * 2,
+    "401": ({"status": 401},) * 2,
+    "403": ({"status": 403},) * 2,
     # What arrived is not what was sent, of which the service tells.
-    {"status": 400, "headers": {"x-ms-error-code": "Md5Mismatch"}},
-]
+    "changed": ({"status": 400, "headers": {"x-ms-error-code": "Md5Mismatch"}},) * 2,
+    "cut": ({"cut_request": CUT, "after": 1}, {"cut_response": CUT}, {"corrupt": CUT, "after": 0}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def store(azure: Azure, monkeypatch: pytest.MonkeyPatch) -> Iterator[blobs.Store]:
     azure.reset()
+    monkeypatch.setattr(blobs, "BLOCK", BLOCK)
     # A cut upload is noticed by a read that gets no answer.
     monkeypatch.setattr(client, "TIMEOUTS", {"connection_timeout": 5, "read_timeout": 5})
     with azure.here():
@@ -95,28 +100,19 @@ def test_up_and_down_again(
     assert not azure.calls(path="model", host="blob", method="GET", status=206)
 
 
-@pytest.mark.parametrize("rule", PASSING, ids=lambda rule: f"{rule['status']}{len(rule)}")
-def test_a_busy_service_and_an_old_signature_are_got_over(
-    store: blobs.Store, azure: Azure, files: dict[str, Path], tmp_path: Path, rule: dict[str, Any]
+@pytest.mark.parametrize("weather", WEATHER)
+def test_bad_weather_and_an_old_signature_are_got_over(
+    store: blobs.Store, azure: Azure, files: dict[str, Path], tmp_path: Path, weather: str
 ) -> None:
-    azure.fault(host="blob", method="PUT", after=2, **rule)
+    up, *down = WEATHER[weather]
+    azure.fault(host="blob", method="PUT", **{"after": 2, **up})
     send(store, files)
-    azure.fault(host="blob", path="model", method="GET", after=1, **rule)
+    for rule in down:
+        azure.fault(host="blob", path="model", method="GET", **{"after": 1, **rule})
     bring(store, tmp_path)
     assert_same(tmp_path, files)
     secrets = azure.calls(path="listSecrets")
-    assert len(secrets) == (3 if rule["status"] in (401, 403) else 1)  # a new signature each time
-
-
-def test_a_cut_line_is_got_over(
-    store: blobs.Store, azure: Azure, files: dict[str, Path], tmp_path: Path
-) -> None:
-    azure.fault(host="blob", method="PUT", cut_request=1_000_000, after=1)
-    send(store, files)
-    azure.fault(host="blob", path="model", method="GET", cut_response=1_000_000, after=1)
-    azure.fault(host="blob", path="model", method="GET", corrupt=1_000_000)
-    bring(store, tmp_path)
-    assert_same(tmp_path, files)
+    assert len(secrets) == (3 if weather in ("401", "403") else 1)  # a new signature each time
 
 
 def test_what_arrived_is_not_sent_again(
@@ -132,15 +128,19 @@ def test_what_arrived_is_not_sent_again(
     assert len(azure.calls(path="model.*comp=blocklist", host="blob", method="PUT")) == 1
 
 
-def test_other_content_under_the_same_name_is_sent(
-    store: blobs.Store, azure: Azure, files: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("fetched", [False, True])
+def test_other_content_of_the_same_size_takes_the_place(
+    store: blobs.Store, azure: Azure, files: dict[str, Path], tmp_path: Path, fetched: bool
 ) -> None:
+    """At the service, and here where the older state was fetched."""
     send(store, files)
-    other = tmp_path / "other"
-    other.write_bytes(b"x" * SIZES["sub/small.json"])
-    send(store, {"sub/small.json": other})
-    blobs.download(store, "p/", ["sub/small.json"], tmp_path / "back", lambda more: None)
-    assert (tmp_path / "back/sub/small.json").read_bytes() == other.read_bytes()
+    if fetched:
+        bring(store, tmp_path / "a")
+    changed = tmp_path / "changed"
+    changed.write_bytes(b"-" * SIZES["sub/small.json"])
+    send(store, {"sub/small.json": changed})
+    bring(store, tmp_path / "a")
+    assert_same(tmp_path / "a", files | {"sub/small.json": changed})
 
 
 def test_a_blob_that_changed_between_two_tries_begins_anew(
@@ -156,18 +156,6 @@ def test_a_blob_that_changed_between_two_tries_begins_anew(
     send(store, {"model.onnx.data": changed})
     bring(store, tmp_path / "a")
     assert (tmp_path / "a/model.onnx.data").read_bytes() == changed.read_bytes()
-
-
-def test_a_service_that_stays_away_is_one_line(
-    store: blobs.Store, azure: Azure, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(blobs, "TRIES", 2)
-    azure.fault(host="blob", method="PUT", status=503, times=None)
-    with pytest.raises(UserError) as refused:
-        send(store, files)
-    assert str(refused.value).startswith("workspace W: 503")
-    assert "try again in some minutes" in str(refused.value)
-    assert "\n" not in str(refused.value) and "sig=" not in str(refused.value)
 
 
 def test_a_whole_file_is_checked_against_the_services_md5(
@@ -218,19 +206,11 @@ def test_a_signature_that_storage_refuses_is_renewed_once_for_all(
     assert len(azure.calls(path="listSecrets")) == 2
 
 
-def test_no_new_signature_is_one_line(
-    store: blobs.Store, azure: Azure, files: dict[str, Path]
-) -> None:
-    azure.fault(host="blob", method="PUT", status=403)
-    azure.fault(path="listSecrets", status=403, body={"error": {"code": "AuthorizationFailed"}})
-    with pytest.raises(UserError, match=r"^workspace W: 403 [^\n]*ask for the role"):
-        send(store, files)
-
-
 SENDS = """
 import sys
 from pathlib import Path
 from stages import azure, blobs
+blobs.BLOCK = int(sys.argv[5])
 ml = azure.connect(azure.Place(*sys.argv[1:4]))
 store = blobs.Store(lambda: azure.store_container(ml), "W")
 blobs.upload(store, "p/", {"model.onnx.data": Path(sys.argv[4])}, lambda more: None)
@@ -244,7 +224,9 @@ def test_a_killed_upload_goes_on_with_the_blocks_that_are_missing(
     azure.calm()
     azure.fault(host="blob", path="comp=block&", method="PUT", after=3, delay=30, times=None)
     place = [azure.world[name] for name in ("subscription", "resource_group", "workspace")]
-    process = subprocess.Popen([sys.executable, "-c", SENDS, *place, str(path)], cwd=REPO)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SENDS, *place, str(path), str(BLOCK)], cwd=REPO
+    )
     deadline = time.monotonic() + 60
     while len(azure.calls("comp=block&", method="PUT", status=201)) < 3:
         assert process.poll() is None and time.monotonic() < deadline
@@ -254,7 +236,7 @@ def test_a_killed_upload_goes_on_with_the_blocks_that_are_missing(
     azure.calm()
     send(store, {"model.onnx.data": path})
     puts = azure.calls("comp=block&", method="PUT", status=201)
-    assert sum(call["received"] for call in puts) == SIZES["model.onnx.data"] - 3 * blobs.BLOCK
+    assert sum(call["received"] for call in puts) == SIZES["model.onnx.data"] - 3 * BLOCK
     assert {blob["size"] for blob in azure.blobs("p/")} == {SIZES["model.onnx.data"]}
 
 
@@ -298,6 +280,7 @@ def test_a_block_may_take_longer_than_the_limit_for_connecting(
     path = tmp_path / "file"
     path.write_bytes(os.urandom(3_000_000))
     monkeypatch.setattr(blobs, "TRIES", 1)
+    monkeypatch.setattr(blobs, "BLOCK", 4 << 20)
     monkeypatch.setitem(client.TIMEOUTS, "connection_timeout", 1)
     slow = Slow(azure.env["HTTPS_PROXY"], 1e6)
     with mock.patch.dict(os.environ, HTTPS_PROXY=slow.url, https_proxy=slow.url):
@@ -340,30 +323,45 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(
     assert not azure.calls("out", method="GET")
 
 
-def test_what_is_not_there_after_an_upload_is_told(
-    store: blobs.Store, azure: Azure, files: dict[str, Path]
+PUT = {"host": "blob", "method": "PUT"}
+NO_RIGHT = {
+    "path": "listSecrets",
+    "status": 403,
+    "body": {"error": {"code": "AuthorizationFailed"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ([{**PUT, "status": 503, "times": None}], r"503[^\n]*try again in some minutes"),
+        ([{**PUT, "status": 403}, NO_RIGHT], r"403[^\n]*ask for the role"),
+        (
+            [{"after": 1, **listing("other")}],
+            "not there as sent: empty, model.onnx.data, sub/small",
+        ),
+    ],
+    ids=["stays away", "no new signature", "lost"],
+)
+def test_an_upload_in_vain_is_one_line(
+    store: blobs.Store,
+    azure: Azure,
+    files: dict[str, Path],
+    faults: list[dict[str, Any]],
+    message: str,
 ) -> None:
-    azure.fault(after=1, **listing("other"))
-    with pytest.raises(UserError, match=r"not there as sent: empty, model.onnx.data, sub/small"):
+    for rule in faults:
+        azure.fault(**rule)
+    with mock.patch.object(blobs, "TRIES", 2), pytest.raises(UserError) as refused:
         send(store, files)
+    assert re.fullmatch(rf"workspace W: {message}.*", str(refused.value))
+    assert "sig=" not in str(refused.value)
 
 
 def test_folders_of_a_store_with_folders_are_no_files(store: blobs.Store, azure: Azure) -> None:
     store.container.upload_blob("p/sub", b"", metadata={"hdi_isfolder": "true"})
     store.container.upload_blob("p/sub/file", b"hello")
     assert list(store.listed("p/")) == ["sub/file"]
-
-
-def test_a_file_of_an_older_state_is_fetched_again(
-    store: blobs.Store, azure: Azure, files: dict[str, Path], tmp_path: Path
-) -> None:
-    send(store, files)
-    bring(store, tmp_path / "a")
-    changed = tmp_path / "changed"
-    changed.write_bytes(b"-" * SIZES["sub/small.json"])
-    send(store, {"sub/small.json": changed})
-    bring(store, tmp_path / "a")
-    assert_same(tmp_path / "a", files | {"sub/small.json": changed})
 
 
 def test_a_blob_that_changes_while_it_is_fetched_is_one_line(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -105,11 +107,11 @@ def test_another_registry_does_not_exist(cloud: Azure) -> None:
         cloud.ml("other")
 
 
-def test_a_wrong_secret_is_refused(cloud: Azure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_secret_is_refused(cloud: Azure) -> None:
     from azure.core.exceptions import ClientAuthenticationError
 
-    monkeypatch.setenv("AZURE_CLIENT_SECRET", "wrong")
-    with pytest.raises(ClientAuthenticationError, match="AADSTS7000215"):
+    wrong = mock.patch.dict(os.environ, AZURE_CLIENT_SECRET="wrong")
+    with wrong, pytest.raises(ClientAuthenticationError, match="AADSTS7000215"):
         cloud.ml().models.get("press", "1")
     assert "wrong" not in (cloud.home / "calls.jsonl").read_text()
 

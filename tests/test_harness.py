@@ -5,27 +5,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 import yaml
-from test_export import Lab
-from typer.testing import CliRunner
+from exported import Lab
 
-from conftest import sh
-from flows.cli import app
+from conftest import sh, typed
 from tests.tiny import write_rows
 
 needs_extra = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
     reason="the extra lm-eval is not installed: pip install -c requirements.lock -e '.[lm-eval]'",
 )
+pytestmark = pytest.mark.usefixtures("one_thread")
 PER_TOKEN = 1e-3  # nats, between PyTorch and ONNX in float32 on the same quantized weights
 CONTEXT = 256  # tokens, of the tiny model; one token a byte
 PAIRS = [
@@ -39,8 +36,6 @@ PAIRS = [
 ]
 NO_NETWORK = """
 import socket
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 real = socket.getaddrinfo
 def getaddrinfo(host, *args, **kwargs):
     print("asked for the address of", host, file=open("LOG", "a"))
@@ -50,8 +45,8 @@ socket.getaddrinfo = getaddrinfo
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("harness"), "phi3")
+def tiny(labs) -> Lab:
+    return labs("phi3")
 
 
 @pytest.fixture(scope="module")
@@ -248,14 +243,7 @@ def project(tiny, onnx_lm, tmp_path_factory) -> Path:
 
 
 def lm_eval(project: Path, *args: str):
-    """The command, in this process: what it loads is loaded already."""
-    with mock.patch.dict(os.environ):
-        here = Path.cwd()
-        os.chdir(project)
-        try:
-            return CliRunner().invoke(app, ["lm-eval", "--include-path", "mine", *args])
-        finally:
-            os.chdir(here)
+    return typed("lm-eval", "--include-path", "mine", *args, cwd=project)
 
 
 @needs_extra

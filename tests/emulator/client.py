@@ -5,30 +5,26 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pytest
 
 from .azurite import PROGRAM
+from .server import Server
 
 REPO = Path(__file__).resolve().parents[2]
-START_SECONDS = 60  # about 2 s on two cores
-STOP_SECONDS = 15
 CALL_SECONDS = 60
 # Without the proxy that a test may have set.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class Azure:
+class Azure(Server):
     """A process `python -m tests.emulator`; the test is skipped where Azurite is not installed.
 
     Args:
@@ -36,56 +32,24 @@ class Azure:
     """
 
     def __init__(self, home: Path) -> None:
+        super().__init__(home / "emulator.log")
         self.home = home
         self.env: dict[str, str] = {}
         """What a subprocess needs on top of its environment."""
         self.world: dict[str, str] = {}
         """Names of what exists: registry, cluster, account, container, workspace_id, ..."""
         self._control = ""
-        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Azure:
         if not PROGRAM.exists():
             pytest.skip("Azurite is not installed: make .azurite")
-        self.home.mkdir(parents=True, exist_ok=True)
-        said = self.home / "emulator.log"
-        with said.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.emulator", "--home", str(self.home), "--with-parent"],
-                cwd=REPO,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
         ready = self.home / "env.json"
-        deadline = time.monotonic() + START_SECONDS
-        while not ready.exists():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise RuntimeError(f"the emulator did not start: {said.read_text()}")
-            time.sleep(0.05)
+        command = [sys.executable, "-m", "tests.emulator", "--home", self.home, "--with-parent"]
+        self.start(command, ready.exists, cwd=REPO)
         self.world = json.loads(ready.read_text())
         self.env = self.world.pop("env")  # type: ignore[assignment]
         self._control = self.world.pop("control")
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End it and all that it started."""
-        if self._process:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
 
     @contextmanager
     def here(self) -> Iterator[None]:

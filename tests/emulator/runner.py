@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.stage import killed_with_parent
+
 from .answers import now
-from .azurite import with_parent
 from .blobs import Blobs
 
 ARTIFACTS = "azureml"  # the container of every run's files
@@ -109,7 +110,7 @@ class Runner:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=with_parent,
+            preexec_fn=killed_with_parent,
         )
         job.started, job.status = now(), "Running"
         stop = asyncio.create_task(self._stop_on_cancel(job, process))

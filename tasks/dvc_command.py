@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
 import time
@@ -13,6 +14,7 @@ from stages.errors import UserError
 from stages.stage import killed_with_parent
 from tasks.command import Job
 
+MACHINE_CONFIG = "/etc/xdg/dvc"  # https://dvc.org/doc/user-guide/project-structure/configuration
 Progress = Callable[[int, int, str], None]
 
 SCREEN = re.compile(r"\x1b\[\w|^!$")  # what moves DVC's bars about
@@ -139,6 +141,20 @@ class Dvc:
             self.damaged.append(Path(found[1]))
         elif line:
             self._said.append(line)
+
+
+def overrule(path: Path, remote: str) -> None:
+    """Write a machine's DVC configuration, which all others overrule: what is there, and ours."""
+    config = configparser.ConfigParser(interpolation=None, strict=False)
+    config.read(Path(os.environ.get("DVC_SYSTEM_CONFIG_DIR", MACHINE_CONFIG)) / "config")
+    config.read_dict(
+        {
+            "core": {"no_scm": "true"},  # the folders of `tasks.run_cache` have no Git
+            f"'remote \"{remote}\"'": {"verify": "true"},
+        }
+    )
+    with path.open("w") as file:
+        config.write(file)
 
 
 def explain(said: list[str]) -> str:

@@ -10,9 +10,7 @@ DVC's command line does the work. Two things are added to it:
 
 from __future__ import annotations
 
-import configparser
 import logging
-import os
 import re
 import tempfile
 import time
@@ -23,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
+from stages.redact import without_secrets
 from tasks import bridge
-from tasks.dvc_command import Dvc, NoAnswer, Progress, explain
+from tasks.dvc_command import Dvc, NoAnswer, Progress, explain, overrule
 from tasks.run_cache import cached, earlier, named, outputs, records
 
 LIMIT_SECONDS = 12 * 3600.0
 PROBE_SECONDS = 30.0  # DVC takes 90 to 165 s to find that nothing answers
 QUIET_SECONDS = 180.0  # as long as the storage clients try again by themselves
 SCOPE = "https://storage.azure.com/.default"
-MACHINE_CONFIG = "/etc/xdg/dvc"  # https://dvc.org/doc/user-guide/project-structure/configuration
+KEYS = {"connection_string", "account_key", "sas_token"}  # with which Azure asks for no sign-in
 MOVED = re.compile(r"(\d+) files? (?:pushed|fetched)")
 NO_REMOTE = (
     "no remote is configured: dvc remote add --default store azure://CONTAINER/FOLDER && "
@@ -57,6 +56,41 @@ class Moved:
     damaged: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Link:
+    """A remote that answered.
+
+    Args:
+        dvc: its commands.
+        cache: the folder of DVC's cache.
+        empty: whether the remote holds nothing.
+    """
+
+    dvc: Dvc
+    moved: Moved
+    cache: Path
+    empty: bool
+
+    def move(self, verb: str, targets: list[str]) -> None:
+        """Push or fetch, and count.
+
+        Args:
+            verb: `push`, or `fetch`, which may find some objects absent.
+            targets: DVC's names of what is moved as it is now; none for all of it, with data, and
+                outputs of earlier runs.
+        """
+        push = verb == "push"
+        command = [*([verb] if push else [verb, "--verbose"]), "--remote", self.moved.remote]
+        self._count(self.dvc.do(*command, "--run-cache", *targets, absent_ok=not push))
+        if not targets:
+            with earlier(self.dvc.root, self.cache, here=push) as folder:
+                if folder:
+                    self._count(self.dvc.do(*command, cwd=folder, absent_ok=not push))
+
+    def _count(self, said: list[str]) -> None:
+        self.moved.files += sum(int(found[1]) for line in said if (found := MOVED.search(line)))
+
+
 def push(root: Path, stages: list[str] | None = None, **limits: Any) -> Moved:
     """Send what the remote does not have yet.
 
@@ -68,17 +102,10 @@ def push(root: Path, stages: list[str] | None = None, **limits: Any) -> Moved:
     Raises:
         UserError: as `_connected`; DVC's own failures, in one line.
     """
-    lock = None if stages else "olivepress run writes it"
-    with _connected(root, lock, **limits) as (dvc, moved, _):
-        send = ("push", "--remote", moved.remote)
-        cache = Path(dvc.do("cache", "dir")[-1])
-        moved.files -= len(records(cache))  # which DVC counts when it sends them
-        _count(moved, dvc.do(*send, "--run-cache", *(stages or [])))
-        if not stages:
-            with earlier(root, cache, here=True) as folder:
-                if folder:
-                    _count(moved, dvc.do(*send, cwd=folder))
-    return moved
+    with _connected(root, None if stages else "olivepress run writes it", **limits) as link:
+        link.moved.files -= len(records(link.cache))  # which DVC counts when it sends them
+        link.move("push", stages or [])
+    return link.moved
 
 
 def pull(root: Path, stages: list[str] | None = None, **limits: Any) -> Moved:
@@ -92,20 +119,14 @@ def pull(root: Path, stages: list[str] | None = None, **limits: Any) -> Moved:
     Raises:
         UserError: as `push`; the remote is empty; a file that would be replaced is in no cache.
     """
-    lock = None if stages else "who pushed commits it"
-    with _connected(root, lock, **limits) as (dvc, moved, empty):
-        if empty:
+    with _connected(root, None if stages else "who pushed commits it", **limits) as link:
+        dvc, moved = link.dvc, link.moved
+        if link.empty:
             raise UserError(
                 f"{dvc.where}: nothing is there, or no such container: push to it first"
             )
-        targets = _with_inputs(dvc, stages) if stages else []
-        fetch = ("fetch", "--verbose", "--remote", moved.remote)
-        _count(moved, dvc.do(*fetch, "--run-cache", *targets, absent_ok=True))
-        if not stages:
-            cache = Path(dvc.do("cache", "dir")[-1])
-            with earlier(root, cache, here=False) as folder:
-                if folder:
-                    _count(moved, dvc.do(*fetch, cwd=folder, absent_ok=True))
+        targets = sorted({*stages, *bridge.sources(root, stages)}) if stages else []
+        link.move("fetch", targets)
         dvc.do("checkout", "--allow-missing", *targets)
     gone = {path for path in dvc.damaged if not path.exists()}
     moved.damaged = sorted("/".join(path.parts[-4:]) for path in gone)  # files/md5/ab/cdef…
@@ -114,24 +135,29 @@ def pull(root: Path, stages: list[str] | None = None, **limits: Any) -> Moved:
     return moved
 
 
+def check(root: Path, remote: str) -> None:
+    """Raise a UserError, as `_connected`, unless a remote answers and lets this machine in."""
+    with _connected(root, None, remote=remote):
+        pass
+
+
 def fetch_run(root: Path, key: str, **limits: Any) -> bool:
     """Fetch the outputs of the stage with this key to the cache; whether the remote has them.
 
     Raises:
         UserError: as `_connected`; DVC's own failures, in one line.
     """
-    with _connected(root, None, **limits) as (dvc, moved, empty):
-        if empty:
+    with _connected(root, None, **limits) as link:
+        if link.empty:
             return False
-        cache = Path(dvc.do("cache", "dir")[-1])
-        fetch = ("fetch", "--verbose", "--remote", moved.remote)
+        fetch = ("fetch", "--verbose", "--remote", link.moved.remote)
         with named(root, []) as folder:
-            dvc.do(*fetch, "--run-cache", cwd=folder)
-        names = outputs(cache, key)
+            link.dvc.do(*fetch, "--run-cache", cwd=folder)
+        names = outputs(link.cache, key)
         if names:
             with named(root, names) as folder:
-                dvc.do(*fetch, cwd=folder, absent_ok=True)
-        return bool(names) and all(cached(cache, name) for name in names)
+                link.dvc.do(*fetch, cwd=folder, absent_ok=True)
+        return bool(names) and all(cached(link.cache, name) for name in names)
 
 
 @contextmanager
@@ -144,8 +170,8 @@ def _connected(
     probe_seconds: float = PROBE_SECONDS,
     quiet_seconds: float = QUIET_SECONDS,
     on_progress: Progress = lambda done, total, note: None,
-) -> Iterator[tuple[Dvc, Moved, bool]]:
-    """DVC for a remote that answers, a record to fill in, and whether the remote is empty.
+) -> Iterator[Link]:
+    """A remote that answers, with a record to fill in.
 
     Args:
         who_writes_lock: for the error when dvc.lock is missing; None if it is not needed.
@@ -161,33 +187,33 @@ def _connected(
     started = time.monotonic()
     if who_writes_lock and not (root / "dvc.lock").exists():
         raise UserError(f"{root / 'dvc.lock'} is not there: {who_writes_lock}")
-    dvc = Dvc(root, "dvc", limit_seconds, quiet_seconds, on_progress)
-    name, url = _choose(dvc.do("remote", "list"), remote)
-    dvc.where = f"remote {name} ({url})"
-    moved = Moved(name, url)
+    config, cache = bridge.settings(root)
+    name = _choose(list(config["remote"]), remote or config["core"].get("remote"))
+    options = config["remote"][name]
+    moved = Moved(name, without_secrets(str(options["url"])))
+    where = f"remote {name} ({moved.url})"
     with tempfile.TemporaryDirectory() as folder:
-        dvc.env = {"DVC_SYSTEM_CONFIG_DIR": folder}
-        _configure(Path(folder) / "config", name)
+        overrule(Path(folder) / "config", name)
+        env = {"DVC_SYSTEM_CONFIG_DIR": folder}
+        dvc = Dvc(root, where, limit_seconds, quiet_seconds, on_progress, env)
         try:
             code, said = dvc.run("ls-url", f"remote://{name}", within=probe_seconds)
         except NoAnswer:
-            _check_sign_in(dvc, name, url)
+            if moved.url.startswith("azure:") and not KEYS & set(options):
+                _check_sign_in(where)
             raise
         empty = bool(code) and "does not exist" in " ".join(said)
         if code and not empty:
-            raise UserError(f"{dvc.where}: {explain(said)}")
-        yield dvc, moved, empty
+            raise UserError(f"{where}: {explain(said)}")
+        yield Link(dvc, moved, cache, empty)
     moved.seconds = time.monotonic() - started
 
 
-def _check_sign_in(dvc: Dvc, name: str, url: str) -> None:
-    """For an Azure remote without a key: raise a UserError if that is why it did not answer.
+def _check_sign_in(where: str) -> None:
+    """Raise a UserError if signing in to Azure fails, as that may be why it did not answer.
 
     The storage client takes over a minute for a sign-in that fails at once, as it tries again.
     """
-    keys = re.compile(rf"remote\.{re.escape(name)}\.(connection_string|account_key|sas_token)=")
-    if not url.startswith("azure:") or any(map(keys.match, dvc.do("config", "--list"))):
-        return
     from azure.core.exceptions import ClientAuthenticationError
     from azure.identity import DefaultAzureCredential
 
@@ -197,45 +223,19 @@ def _check_sign_in(dvc: Dvc, name: str, url: str) -> None:
     try:
         DefaultAzureCredential(process_timeout=10, **TIMEOUTS, retry_total=0).get_token(SCOPE)
     except ClientAuthenticationError:
-        raise UserError(f"{dvc.where}: {SIGN_IN}") from None
+        raise UserError(f"{where}: {SIGN_IN}") from None
 
 
-def _choose(lines: list[str], wanted: str | None) -> tuple[str, str]:
-    """Name and address of a remote, from the lines of `dvc remote list`."""
-    remotes = {line.split()[0]: line for line in lines}
-    name = wanted or next((n for n, line in remotes.items() if line.endswith("(default)")), None)
-    if name in remotes:
-        return name, remotes[name].removesuffix("(default)").split(maxsplit=1)[1].strip()
-    if not remotes:
+def _choose(names: list[str], wanted: str | None) -> str:
+    """The name of a remote, of those that are configured."""
+    if wanted in names:
+        return wanted
+    if not names:
         raise UserError(NO_REMOTE)
-    names = ", ".join(remotes)
-    if name:
-        raise UserError(f"no remote is called {name}; choose one of {names}")
-    raise UserError(f"no remote is the default: dvc remote default NAME, or --remote with {names}")
-
-
-def _configure(path: Path, remote: str) -> None:
-    """Write a machine's DVC configuration, which all others overrule: what is there, and ours."""
-    config = configparser.ConfigParser(interpolation=None, strict=False)
-    config.read(Path(os.environ.get("DVC_SYSTEM_CONFIG_DIR", MACHINE_CONFIG)) / "config")
-    ours = {
-        "core": "no_scm",
-        f"'remote \"{remote}\"'": "verify",
-    }  # the folder of `earlier` has no Git
-    for section, option in ours.items():
-        config.read_dict({section: {option: "true"}})
-    with path.open("w") as file:
-        config.write(file)
-
-
-def _count(moved: Moved, said: list[str]) -> None:
-    moved.files += sum(int(found[1]) for line in said if (found := MOVED.search(line)))
-
-
-def _with_inputs(dvc: Dvc, stages: list[str]) -> list[str]:
-    """Stages, and those and the `.dvc` files whose outputs they read."""
-    edges = [re.findall(r'"([^"]+)"', line) for line in dvc.do("dag", "--dot") if "->" in line]
-    return sorted({*stages, *(up for up, down in edges if down in stages)})
+    there = ", ".join(names)
+    if wanted:
+        raise UserError(f"no remote is called {wanted}; choose one of {there}")
+    raise UserError(f"no remote is the default: dvc remote default NAME, or --remote with {there}")
 
 
 def _missing(root: Path) -> dict[str, list[str]]:

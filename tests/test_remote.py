@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from azure.storage.blob import BlobServiceClient, ContainerClient
 
-from conftest import BIN, EACH, TOY, hears_ctrl_c, init_project, sh
+from conftest import BIN, EACH, TOY, hears_ctrl_c, init_project, sh, typed
 from stages.errors import UserError
 from tasks import bridge, remote
 from tests.emulator.azurite import Azurite
@@ -80,19 +80,22 @@ def pushed(
         make(folder, monkeypatch)
         change(folder, "bits: 4", "bits: 8")
         make(folder, monkeypatch)
-    said = json.loads(sh("olivepress", "push", "--json", cwd=folder).stdout)
-    assert said["files"] == 10 and said["url"] == "azure://box/toy"  # 3 files, a list, each: twice
+    moved = remote.push(folder)
+    assert moved.files == 10 and moved.url == "azure://box/toy"  # 3 files, a list, each: twice
     sh("git", "add", ".", cwd=folder)
     sh("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "made", cwd=folder)
     return folder, box
 
 
 @pytest.fixture
-def clone(pushed: tuple[Path, ContainerClient], tmp_path: Path) -> Path:
-    """A colleague's clone, with their own login to the same remote."""
+def clone(
+    pushed: tuple[Path, ContainerClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A colleague's clone, with their own login to the same remote; the test runs in it."""
     project = pushed[0]
     sh("git", "clone", "--quiet", str(project), "clone", cwd=tmp_path)
     shutil.copy(project / ".dvc/config.local", tmp_path / "clone/.dvc/config.local")
+    monkeypatch.chdir(tmp_path / "clone")
     return tmp_path / "clone"
 
 
@@ -123,11 +126,11 @@ def test_damaged_and_absent_objects(
     kept = {name: box.download_blob(name).readall() for name in (first, each)}
     try:
         box.upload_blob(each, b"0 80 9", overwrite=True)
-        done = sh("olivepress", "pull", cwd=clone, check=False)
-        assert done.returncode == 1 and each.removeprefix("toy/") in done.stderr
+        done = typed("pull", cwd=clone)
+        assert done.exit_code == 1 and each.removeprefix("toy/") in done.stderr
         assert not (clone / "out/each-travel").exists() and (clone / "out/first/0").exists()
         box.delete_blob(each)
-        again = sh("olivepress", "pull", cwd=clone).stdout
+        again = typed("pull", cwd=clone).stdout
         assert "not in the remote: each@travel" in again and "olivepress run computes" in again
         assert make(clone, monkeypatch) == ["unchanged", "run"]
         assert (clone / "out/each-travel").read_bytes() == kept[each]
@@ -185,10 +188,10 @@ def test_refused_credentials_are_not_printed(clone: Path, azurite: Azurite) -> N
     text = azurite.connection_string.replace(azurite.account_key, wrong)
     configure(clone, "azure://box/toy", text)
     for command in ("push", "pull"):
-        done = sh("olivepress", command, "--json", cwd=clone, check=False)
+        done = typed(command, "--json", cwd=clone)
         said = done.stdout + done.stderr
-        assert done.returncode == 1 and "credentials are not accepted" in said
-        assert wrong not in said and "Traceback" not in said and said.count("\n") == 1
+        assert done.exit_code == 1 and "credentials are not accepted" in said
+        assert wrong not in said and said.count("\n") == 1
 
 
 def test_what_is_not_there_is_said_with_what_to_do(
@@ -222,10 +225,11 @@ def test_the_login_is_enough(
         f"    account_name = {azure.env['AZURE_STORAGE_ACCOUNT']}\n"
     )
     shutil.copytree(pushed[0] / ".dvc/cache", clone / ".dvc/cache")
-    sent = json.loads(sh("olivepress", "push", "--json", cwd=clone, **azure.env).stdout)
-    assert sent["files"] == 10
-    shutil.rmtree(clone / ".dvc/cache")
-    sh("olivepress", "pull", cwd=clone, **azure.env)
+    with azure.here():
+        sent = json.loads(typed("push", "--json", cwd=clone).stdout)
+        assert sent["files"] == 10
+        shutil.rmtree(clone / ".dvc/cache")
+        remote.pull(clone)
     assert (clone / "out/each-travel").read_text() == "0 80 8"
 
 

@@ -23,7 +23,6 @@ from stages.stage import die_with_parent, progress
 from tasks import remote
 from tasks.compute import code, submit, watch
 from tasks.compute.request import LINK, Link, Request
-from tasks.dvc_command import Dvc
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient
@@ -75,8 +74,7 @@ def run(client: MLClient, request: Request, attempt: int, job: Job | None, root:
     if job is None:
         if request.made:
             remote.push(root, request.made, **LIMITS)
-        config = Dvc(root, "dvc", QUIET_SECONDS, QUIET_SECONDS, progress).do("config", "--list")
-        job = submit.submit(client, request, attempt, root, config)
+        job = submit.submit(client, request, attempt, root)
     link = Link(str(job.name), request.machine, str(job.studio_url))
     print(LINK + json.dumps(asdict(link)), flush=True)
     watch.follow(client, link.name, request.stage)

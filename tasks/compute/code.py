@@ -7,9 +7,11 @@ import shutil
 import subprocess
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 from stages.errors import UserError
-from stages.redact import HIDDEN, without_secrets
+from stages.redact import without_secrets
+from tasks import bridge
 
 ALWAYS = [".dvc/config", "params.yaml", "dvc.yaml", "dvc.lock"]
 NEVER = {".gitignore", ".amlignore"}  # the SDK would obey them, and Git itself is not there
@@ -38,11 +40,11 @@ def check(root: Path, stage: str, files: list[str]) -> None:
         )
 
 
-def gather(root: Path, folder: Path, config: list[str]) -> None:
+def gather(root: Path, folder: Path) -> None:
     """Copy what the node needs to `folder`.
 
-    Args:
-        config: the lines of `dvc config --list`.
+    Raises:
+        UserError: as `bridge.settings`; an address holds a password.
     """
     for name in {*_git(root, "ls-files", "-z"), *ALWAYS}:
         path = root / name
@@ -50,26 +52,21 @@ def gather(root: Path, folder: Path, config: list[str]) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
     with (folder / ".dvc/config.local").open("w") as file:
-        _config(config).write(file)
+        _config(bridge.settings(root)[0]).write(file)
 
 
-def _config(lines: list[str]) -> ConfigParser:
-    """DVC's settings for a node: no Git, and the address of each remote.
-
-    Raises:
-        UserError: an address holds a password.
-    """
+def _config(here: dict[str, Any]) -> ConfigParser:
+    """DVC's settings for a node: no Git, and the address of each remote."""
     config = ConfigParser(interpolation=None)
     config["core"] = {"no_scm": "true"}
-    for name, value in (line.split("=", 1) for line in lines if "=" in line):
-        section, _, option = name.rpartition(".")
-        if name == "core.remote":
-            config["core"]["remote"] = value
-        if section.startswith("remote.") and option in PLAIN:
-            if HIDDEN in value:  # what DVC prints comes without its secrets
-                raise UserError(f"{section}: its {option} holds a password, which stays here")
-            title = f"'remote \"{section.removeprefix('remote.')}\"'"
-            config.read_dict({title: {option: value}})
+    if default := here["core"].get("remote"):
+        config["core"]["remote"] = default
+    for name, remote in here["remote"].items():
+        plain = {option: str(remote[option]) for option in sorted(PLAIN & set(remote))}
+        for option, value in plain.items():
+            if without_secrets(value) != value:
+                raise UserError(f"remote.{name}: its {option} holds a password, which stays here")
+        config[f"'remote \"{name}\"'"] = plain
     return config
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from stages import azure, params
+from tasks import request
 
 LINK = "link "  # begins the line that says which job it is, as JSON of a `Link`
 
 
 @dataclass(frozen=True)
-class Request:
-    """All that `python -m tasks.compute` is told. It holds no secret."""
+class Request(request.Request):
+    """All that `python -m tasks.compute` is told."""
 
     stage: str
     key: str
@@ -22,18 +22,9 @@ class Request:
     """DVC's names of what makes its inputs."""
     files: list[str]
     """Its inputs that DVC does not keep, so that Git must."""
-    place: azure.Place
     cluster: str | None
     instance_type: str | None
     limit_seconds: float
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Request:
-        values = json.loads(text)
-        return cls(**{**values, "place": azure.Place(**values["place"])})
 
     @property
     def machine(self) -> str:

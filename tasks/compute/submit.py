@@ -48,12 +48,8 @@ def check_cluster(client: MLClient, request: Request) -> None:
             ) from None
 
 
-def submit(client: MLClient, request: Request, attempt: int, root: Path, config: list[str]) -> Job:
-    """Send the code and start the job; the one that exists, if another was quicker.
-
-    Args:
-        config: the lines of `dvc config --list`.
-    """
+def submit(client: MLClient, request: Request, attempt: int, root: Path) -> Job:
+    """Send the code and start the job; the one that exists, if another was quicker."""
     from azure.ai.ml import command
     from azure.ai.ml.entities import ManagedIdentityConfiguration
     from azure.core.exceptions import HttpResponseError
@@ -63,7 +59,7 @@ def submit(client: MLClient, request: Request, attempt: int, root: Path, config:
     if run := os.environ.get("OLIVEPRESS_RUN_ID"):
         variables["OLIVEPRESS_RUN_ID"] = run
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        code.gather(root, Path(folder), config)
+        code.gather(root, Path(folder))
         job = command(
             name=name,
             display_name=request.stage,

@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from stages import azure, params
 from stages.errors import UserError
 from stages.redact import without_secrets
+from tasks import request
 
 RESULT = "result "  # begins the line that says what was done
 FOLDER = "published"
 
 
 @dataclass(frozen=True)
-class Request:
-    """All that `python -m tasks.publish` is told. It holds no secret."""
+class Request(request.Request):
+    """All that `python -m tasks.publish` is told."""
 
     to: Literal["azureml", "local"]
     name: str
     version: str | None = None
     """None for the next one."""
-    place: azure.Place = field(default_factory=azure.Place)
     folder: str | None = FOLDER
     """None for an MLflow server."""
     tracking_uri: str | None = None
     """None for that of MLFLOW_TRACKING_URI, which may hold a password."""
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Request:
-        values = json.loads(text)
-        return cls(**{**values, "place": azure.Place(**values["place"])})
 
 
 def make(
@@ -74,7 +65,7 @@ def make(
         to = "azureml" if named or found.complete else "local"
     if to == "azureml":
         azure.check_place(found)
-        return Request("azureml", name, version, found)
+        return Request("azureml", name, version, place=found)
     if to != "local":
         raise UserError(f"--to {to}: azureml or local")
     mlflow = not folder and (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
@@ -84,4 +75,5 @@ def make(
         version,
         folder=None if mlflow else folder or FOLDER,
         tracking_uri=tracking_uri,
+        place=azure.Place(),
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -62,6 +64,19 @@ def test_writing_nothing_is_an_error(tmp_path: Path) -> None:
         pass
 
 
+def run_failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start of a stage that raises, in this process and in an environment that is put back."""
+
+    def main(params: object) -> None:
+        raise error
+
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    monkeypatch.setattr(stage, "die_with_parent", lambda: None)
+    with mock.patch.dict(os.environ):
+        stage.run(main, "toolchain")
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -76,26 +91,14 @@ def test_writing_nothing_is_an_error(tmp_path: Path) -> None:
 def test_a_users_mistake_and_a_full_disk_are_messages(
     monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    def main(params: object) -> None:
-        raise error
-
-    monkeypatch.chdir(REPO)
-    monkeypatch.setattr(sys, "argv", ["stage"])
-    monkeypatch.setattr(stage, "die_with_parent", lambda: None)
     with pytest.raises(SystemExit) as ended:
-        stage.run(main, "toolchain")
+        run_failing(error, monkeypatch)
     assert ended.value.code == message  # text as exit code: printed on stderr, exit 1
 
 
 def test_another_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def main(params: object) -> None:
-        raise OSError(errno.EIO, "broken disk")
-
-    monkeypatch.chdir(REPO)
-    monkeypatch.setattr(sys, "argv", ["stage"])
-    monkeypatch.setattr(stage, "die_with_parent", lambda: None)
     with pytest.raises(OSError, match="broken disk"):
-        stage.run(main, "toolchain")
+        run_failing(OSError(errno.EIO, "broken disk"), monkeypatch)
 
 
 def test_a_stage_refuses_libraries_other_than_those_recorded(toy: Path) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
@@ -74,17 +75,7 @@ def at_work(root: Path) -> bool:
     except (FileNotFoundError, json.JSONDecodeError):
         return False
     readers = [reader for readers in held.get("read", {}).values() for reader in readers]
-    return any(_alive(who["pid"]) for who in [*readers, *held.get("write", {}).values()])
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return any(psutil.pid_exists(who["pid"]) for who in [*readers, *held.get("write", {}).values()])
 
 
 def pull_commits(root: Path) -> list[str]:

@@ -206,7 +206,8 @@ def test_data_that_a_commit_names_comes_from_the_remote(
 def test_a_stage_at_work_is_not_disturbed(toy: Path, shared: Path) -> None:
     push(shared, "News", in_txt="news\n")
     (toy / "first.py").write_text(
-        "import time, pathlib\npathlib.Path('began').touch()\ntime.sleep(600)\n"
+        "import time\nfrom pathlib import Path\nbegan = Path('began')\nbegan.touch()\n"
+        "while began.exists():\n    time.sleep(0.1)\n"
     )
     busy = subprocess.Popen([sys.executable, "-m", "dvc", "repro"], cwd=toy, env=os.environ)
     while not (toy / "began").exists():
@@ -215,6 +216,7 @@ def test_a_stage_at_work_is_not_disturbed(toy: Path, shared: Path) -> None:
     state, stages = run()
     busy.kill()
     busy.wait()
+    (toy / "began").unlink()
     assert state.message == "another run is at work in this clone; the next poll looks"
     assert not stages and (toy / "in.txt").read_text() == "hello\n"
     sh("git", "checkout", "first.py", cwd=toy)

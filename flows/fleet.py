@@ -155,9 +155,8 @@ def worker(
             remote.check(root, where)
         gpu.announce()
         has = machine.this_machine(root)
-        typer.echo(
-            f"{has.gpus} GPUs, {has.memory_gb:.0f} GB of memory, {has.disk_gb:.0f} GB of disk; "
-            f"shares through {where or 'DVC cache alone: other machines compute for themselves'}; "
-            f"server {api}"
+        shares = (
+            f"shares through remote {where}" if where else "no remote, so nothing is shared"
         )
+        typer.echo(f"{has}; {shares}; server {api}")
         serving.serve(root, pool, limit, name or serving.default_name(root))

@@ -36,6 +36,7 @@ from tasks.sweep.search import Search
 from tasks.terminal import terminal
 
 LOOK_SECONDS = 2.0
+QUIET_SECONDS = 60.0  # a worker polls every few seconds
 
 
 @flow(name="sweep", log_prints=False, persist_result=False)
@@ -57,7 +58,7 @@ def sweep(
         root = bridge.find_root()
         wanted = spec.check(given, "given") if given else spec.load(root / file)
         result = plan.begin(root, wanted)
-        crew = Crew(root, result, deployment.ensure(pool))
+        crew = Crew(root, result, pool)
         with Pulse(str(runtime.flow_run.id)):
             work(crew)
     except UserError as error:
@@ -78,6 +79,7 @@ def work(crew: Crew) -> None:
         crew.cancel()
         raise
     finally:
+        terminal.done("sweep")
         sweep_page.publish(crew.root, crew.result)
 
 
@@ -87,16 +89,19 @@ class Crew:
     Args:
         root: the project's folder.
         result: to fill in.
-        name: of the deployment of a candidate.
+        pool: the work pool.
     """
 
-    def __init__(self, root: Path, result: Result, name: str) -> None:
-        self.root, self.result, self.name = root, result, name
+    def __init__(self, root: Path, result: Result, pool: str) -> None:
+        self.root, self.result, self.pool = root, result, pool
+        self.name = deployment.ensure(pool)
         self.search = Search(result.spec)
         self.at_once = result.spec.parallel or (4 if result.spec.sampler == "tpe" else 10**6)
         self._trials: dict[int, Any] = {}
         self._began: dict[int, float] = {}
         self._watch = Watch()
+        self._moved = time.monotonic()
+        """When a candidate last began or ended."""
 
     @property
     def under_way(self) -> list[Candidate]:
@@ -145,8 +150,26 @@ class Crew:
                 state = Crashed(message="its machine was lost")
             if state.is_final():
                 self._end(one, state)
-            elif state.is_running():
-                one.state = outcome.RUNNING
+            elif state.is_running() and one.state != outcome.RUNNING:
+                one.state, self._moved = outcome.RUNNING, time.monotonic()
+        done = [one for one in self.result.candidates if one.ended]
+        running = sum(one.state == outcome.RUNNING for one in self.under_way)
+        terminal.progress("sweep", len(done), self.result.spec.size, f"{running} running")
+        self._say_who_is_missing()
+
+    def _say_who_is_missing(self) -> None:
+        """When nothing is under way but waiting: what a worker must have, and who there is."""
+        waiting = [one for one in self.under_way if one.state == outcome.WAITING]
+        quiet = time.monotonic() - self._moved > QUIET_SECONDS
+        if len(waiting) < len(self.under_way) or not waiting or not quiet:
+            return
+        self._moved = time.monotonic()
+        there = deployment.workers(self.pool)
+        needs = plan.needs(self.root, self.result.spec, self.result.base | waiting[0].overrides)
+        text = f"no worker has taken candidate {waiting[0].number}, which needs {needs}; "
+        text += f"of pool {self.pool} there {', '.join(there) or 'is none: olivepress worker'}"
+        get_run_logger().warning(text)
+        terminal.note(text)
 
     def _lives(self, run: FlowRun) -> bool:
         """Whether a running candidate does; if not, it and its tasks are marked Crashed."""
@@ -167,6 +190,7 @@ class Crew:
             self._submit(one)
             return
         sent = patiently(lambda client: sent_by(client, run))
+        self._moved = time.monotonic()
         one.seconds = round(time.monotonic() - self._began[one.number], 1)
         one.message = state.message or state.name or ""
         one.state = outcome.FAILED

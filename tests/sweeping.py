@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,10 +189,8 @@ def machine(
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(20)
-                except subprocess.TimeoutExpired:
-                    pass
             found.switch_off()
 
 

@@ -33,13 +33,13 @@ WAIT_SECONDS = 1.0  # between looks at somebody else's claim
 SERVER_SECONDS = 600.0  # for a server that is away
 
 
-def patiently(call: Callable[[SyncPrefectClient], T]) -> T:
+def patiently(call: Callable[[SyncPrefectClient], T], seconds: float = SERVER_SECONDS) -> T:
     """What a call to the server gives; tried again while the server is away or overloaded.
 
     Raises:
-        UserError: it was away for `SERVER_SECONDS`.
+        UserError: it was away for so many seconds.
     """
-    deadline = time.monotonic() + SERVER_SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         try:
             with get_client(sync_client=True) as client:

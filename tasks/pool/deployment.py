@@ -66,3 +66,9 @@ def workers(pool: str) -> list[str]:
     """The names of the pool's workers that answer."""
     found = patiently(lambda client: client.read_workers_for_work_pool(pool))
     return [worker.name for worker in found if worker.status == WorkerStatus.ONLINE]
+
+
+def forget(client: SyncPrefectClient, pool: str, worker: str) -> None:
+    """Take a worker that has ended off the pool's list."""
+    names = {"work_pool_name": pool, "name": worker}
+    client.request("DELETE", "/work_pools/{work_pool_name}/workers/{name}", path_params=names)

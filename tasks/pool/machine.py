@@ -19,6 +19,10 @@ class Has:
     memory_gb: float
     disk_gb: float
 
+    def __str__(self) -> str:
+        gpus = f"{self.gpus} GPU, " if self.gpus else ""
+        return f"{gpus}{self.memory_gb:.1f} GB of memory and {self.disk_gb:.1f} GB of disk"
+
     def lacks(self, needs: Has) -> list[str]:
         """What of the needs this machine does not have, in words."""
         found = []

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 
-from tasks.pool.deployment import asked, ensure
+from stages.errors import UserError
+from tasks.pool.claims import patiently
+from tasks.pool.deployment import asked, ensure, forget
 from tasks.pool.machine import this_machine
 
 if TYPE_CHECKING:
@@ -66,7 +70,9 @@ def default_name(root: Path) -> str:
 def serve(root: Path, pool: str, limit: int, name: str) -> None:
     """Take candidates until it is interrupted; then what runs is stopped."""
     ensure(pool)
-    worker = Worker(
-        root, work_pool_name=pool, name=name, limit=limit, create_pool_if_not_found=False
-    )
-    asyncio.run(worker.start(printer=lambda text: None))
+    worker = Worker(root, work_pool_name=pool, name=name, limit=limit)
+    try:
+        asyncio.run(worker.start(printer=lambda text: None))
+    finally:  # or the server would call it online for a minute and a half
+        with contextlib.suppress(UserError, ObjectNotFound):
+            patiently(lambda client: forget(client, pool, name), seconds=5)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from conftest import BIN, hears_ctrl_c, sh
+from conftest import BIN, hears_ctrl_c, sh, typed
 from figures import MEASURED
 from lab import olivepress
 from stages.errors import UserError
@@ -46,7 +46,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, tmp_path: Path) -> None:
-    said = sh("olivepress", command, "--help", cwd=tmp_path).stdout
+    said = typed(command, "--help", cwd=tmp_path).stdout
     assert "Usage: olivepress" in said and len(said) > 200
 
 
@@ -67,20 +67,21 @@ def test_run_prints_one_line_a_stage_and_no_colours_in_a_pipe(toy: Path, api: st
 
 def test_run_works_from_a_folder_below(toy: Path, api: str) -> None:
     (toy / "deep").mkdir()
-    report = olivepress(toy / "deep", "run", api=api)
+    report = json.loads(typed("run", "--json", cwd=toy / "deep", PREFECT_API_URL=api).stdout)
     assert [row["state"] for row in report["stages"]] == ["Completed", "Completed"]
 
 
 def test_status_in_words_and_as_json(toy: Path, api: str) -> None:
-    sh("olivepress", "run", cwd=toy, PREFECT_API_URL=api)
+    assert typed("run", cwd=toy, PREFECT_API_URL=api).exit_code == 0
     assert sh("olivepress", "status", cwd=toy).stdout.split() == [
         *("up", "to", "date", "first", "up", "to", "date", "each@travel")
     ]
     params = toy / "params.yaml"
     params.write_text(params.read_text().replace("bits: 4", "bits: 8"))
-    said = sh("olivepress", "status", cwd=toy).stdout
+    said = typed("status", cwd=toy).stdout
     assert "first: params quantize.bits 4 → 8" in said and "each@travel: waits for first" in said
-    assert olivepress(toy, "status")["first"]["action"] == "run"
+    needs = json.loads(typed("status", "--json", cwd=toy).stdout)
+    assert needs["first"]["action"] == "run"
 
 
 @pytest.mark.parametrize(
@@ -93,9 +94,8 @@ def test_status_in_words_and_as_json(toy: Path, api: str) -> None:
 )
 def test_run_with_a_bad_setting(toy: Path, api: str, setting: str, message: str) -> None:
     before = (toy / "params.yaml").read_text()
-    done = sh("olivepress", "run", "-S", setting, cwd=toy, check=False, PREFECT_API_URL=api)
-    assert done.returncode == 1 and message in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
+    done = typed("run", "-S", setting, cwd=toy, PREFECT_API_URL=api)
+    assert done.exit_code == 1 and message in done.stderr
     assert (toy / "params.yaml").read_text() == before
 
 
@@ -131,13 +131,8 @@ def test_ctrl_c_stops_the_stage_and_says_so(toy: Path, api: str) -> None:
 
 
 def test_a_server_that_does_not_answer(toy: Path) -> None:
-    done = sh(
-        *("olivepress", "run"),
-        cwd=toy,
-        check=False,
-        PREFECT_API_URL="http://127.0.0.1:9/api",
-    )
-    assert done.returncode == 1 and "nothing answers there" in done.stderr
+    done = typed("run", cwd=toy, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert done.exit_code == 1 and "nothing answers there" in done.stderr
 
 
 def test_the_server_takes_the_next_port_when_one_is_in_use() -> None:
@@ -194,26 +189,26 @@ def test_run_shows_figures_that_are_not_finite_or_not_measured(toy: Path, api: s
     base = {"perplexity": None, "exact_answer_rate": 0.0}
     agreement = MEASURED["agreement"] | {"mean_kl": None}
     metrics.write_text(json.dumps(MEASURED | {"base": base, "agreement": agreement}))
-    said = sh("olivepress", "run", cwd=toy, PREFECT_API_URL=api).stdout
+    said = typed("run", cwd=toy, PREFECT_API_URL=api).stdout
     assert re.search(r"base model +not finite +0\.0% +8\.0 MB", said)
     assert "mean KL not finite" in said and "1,000 tokens/s with the adapter" in said
     none = dict.fromkeys(["onnx_off", "onnx_on", "agreement", "speed"])
     metrics.write_text(json.dumps(MEASURED | none | {"not_measured": "no such provider"}))
-    said = sh("olivepress", "run", cwd=toy, PREFECT_API_URL=api).stdout
+    said = typed("run", cwd=toy, PREFECT_API_URL=api).stdout
     assert re.search(r"ONNX, adapter on +not measured +not measured +\+0\.5 MB", said)
     assert "travel: not measured on this machine: no such provider" in said
 
 
 def test_generate_before_there_is_a_package(toy: Path) -> None:
-    done = sh("olivepress", "generate", "hello", cwd=toy, check=False)
-    assert done.returncode == 1 and "olivepress run makes it" in done.stderr
+    done = typed("generate", "hello", cwd=toy)
+    assert done.exit_code == 1 and "olivepress run makes it" in done.stderr
 
 
 def test_generate_streams_and_adapters_switch(lab: Path) -> None:
     answer = sh("olivepress", "generate", "What day follows Sunday?", "--adapter", "none", cwd=lab)
     assert "Monday" in answer.stdout
-    done = sh("olivepress", "generate", "x", "--adapter", "nope", cwd=lab, check=False)
-    assert done.returncode == 1 and "choose one of travel, none" in done.stderr
+    done = typed("generate", "x", "--adapter", "nope", cwd=lab)
+    assert done.exit_code == 1 and "choose one of travel, none" in done.stderr
 
 
 def test_an_adapter_from_elsewhere_is_converted_and_used(lab: Path, tmp_path: Path) -> None:
@@ -224,14 +219,13 @@ def test_an_adapter_from_elsewhere_is_converted_and_used(lab: Path, tmp_path: Pa
         model = AutoModelForCausalLM.from_pretrained(lab / "models/base")
         config = LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM")
         get_peft_model(model, config).save_pretrained(mine)
-        command = ("olivepress", "convert", str(mine), "--out", str(file))
-        done = sh(*command, cwd=lab, check=False)
+        done = typed("convert", str(mine), "--out", str(file), cwd=lab)
         if modules != targets:
-            assert done.returncode == 1 and "weight is missing; the ONNX model" in done.stderr
+            assert done.exit_code == 1 and "weight is missing; the ONNX model" in done.stderr
             assert not file.exists()
-    assert done.returncode == 0
+    assert done.exit_code == 0
     question = ("generate", "What day follows Sunday?", "--adapter")
-    answers = [sh("olivepress", *question, name, cwd=lab).stdout for name in (str(file), "none")]
+    answers = [typed(*question, name, cwd=lab).stdout for name in (str(file), "none")]
     assert answers[0] == answers[1] and "Monday" in answers[0]
 
 
@@ -251,8 +245,8 @@ def test_what_is_no_adapter_is_refused(
     (tmp_path / "mine").mkdir()
     for name in files:
         (tmp_path / "mine" / name).write_text("?")
-    done = sh("olivepress", "convert", str(tmp_path / "mine"), cwd=toy, check=False)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    done = typed("convert", str(tmp_path / "mine"), cwd=toy)
+    assert done.exit_code == 1 and message in done.stderr
 
 
 def test_chat_line_by_line(lab: Path) -> None:
@@ -354,14 +348,14 @@ def test_disk_for_the_hubs_own_copy(
 
 def test_lineage_of_a_file_that_was_changed_says_so(toy: Path) -> None:
     sh("dvc", "repro", cwd=toy)
-    assert "warning" not in sh("olivepress", "lineage", "out/first", cwd=toy).stdout
+    assert "warning" not in typed("lineage", "out/first", cwd=toy).stdout
     (toy / "out/first").write_text("edited")
-    said = sh("olivepress", "lineage", "out/each-travel", cwd=toy).stdout
+    said = typed("lineage", "out/each-travel", cwd=toy).stdout
     assert "warning   out/first: changed since: not what this stage made" in said
-    chain = olivepress(toy, "lineage", "out/first")
+    chain = json.loads(typed("lineage", "out/first", "--json", cwd=toy).stdout)
     assert chain[0]["changed"] == ["out/first"]
     (toy / "out/first").unlink()
-    said = sh("olivepress", "lineage", "out/each-travel", cwd=toy).stdout
+    said = typed("lineage", "out/each-travel", cwd=toy).stdout
     assert "warning   out/first: missing" in said
 
 
@@ -383,6 +377,6 @@ def test_lineage_names_the_files_of_a_folder_and_does_without_the_package(lab: P
 def test_doctor_shows_a_mistake_in_params(toy: Path) -> None:
     text = (toy / "params.yaml").read_text()
     (toy / "params.yaml").write_text(text.replace("bits: 4", "bits: 5"))
-    done = sh("olivepress", "doctor", "--json", cwd=toy, check=False)
-    assert done.returncode == 1
+    done = typed("doctor", "--json", cwd=toy)
+    assert done.exit_code == 1
     assert "quantize.bits: must be 4 or 8" in json.loads(done.stdout)[-1]["message"]

@@ -17,13 +17,15 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import BIN, REPO, hears_ctrl_c, sh
+from conftest import BIN, REPO, hears_ctrl_c, sh, typed
 from flows.optimize import check_names
 from lab import commit
 from stages import params
 from stages.azure import Place
 from stages.errors import UserError
 from tasks import bridge
+from tasks.compute import watch
+from tasks.compute.__main__ import main
 from tasks.compute.request import Request
 from tests.emulator.client import Azure
 
@@ -42,9 +44,12 @@ Path("out/first").write_text(Path("in.txt").read_text())
 
 
 @pytest.fixture
-def cloud(azure: Azure) -> Iterator[Azure]:
+def cloud(azure: Azure, monkeypatch: pytest.MonkeyPatch) -> Iterator[Azure]:
+    """An empty Azure, for clients in this process and in those it starts."""
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.1)
     azure.reset()
-    yield azure
+    with azure.here():
+        yield azure
     azure.reset()
 
 
@@ -75,7 +80,7 @@ def begin(project: Path, cloud: Azure, api: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [BIN / "olivepress", "run"],
         cwd=project,
-        env={**os.environ, "PREFECT_API_URL": api, **cloud.env},
+        env={**os.environ, "PREFECT_API_URL": api},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -83,10 +88,10 @@ def begin(project: Path, cloud: Azure, api: str) -> subprocess.Popen[str]:
     )
 
 
-def ask(project: Path, cloud: Azure, **change: Any) -> subprocess.CompletedProcess[str]:
-    """Start what the flow starts for the first stage."""
+def asked(cloud: Azure, **change: Any) -> Request:
+    """What the flow asks of the cluster for the first stage."""
     names = (cloud.world[name] for name in ("subscription", "resource_group", "workspace"))
-    asked = {
+    values = {
         "stage": "first",
         "key": "0" * 64,
         "made": [],
@@ -96,14 +101,20 @@ def ask(project: Path, cloud: Azure, **change: Any) -> subprocess.CompletedProce
         "instance_type": None,
         "limit_seconds": 60,
     }
-    request = Request(**{**asked, **change}).as_json()  # type: ignore[arg-type]
-    command = (sys.executable, "-m", "tasks.compute", request)
-    return sh(*command, cwd=project, check=False, **cloud.env)
+    return Request(**{**values, **change})
 
 
-def refusal(project: Path, cloud: Azure, **change: Any) -> str:
-    """The one message with which it ends."""
-    done = ask(project, cloud, **change)
+def refusal(cloud: Azure, **change: Any) -> str:
+    """The one message with which it ends, in this process."""
+    with pytest.raises(UserError) as caught:
+        main(asked(cloud, **change))
+    return str(caught.value)
+
+
+def last_line(project: Path, cloud: Azure) -> str:
+    """The same of the process that the flow starts."""
+    command = (sys.executable, "-m", "tasks.compute", asked(cloud).as_json())
+    done = sh(*command, cwd=project, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     return done.stderr
 
@@ -142,8 +153,8 @@ def logs(api: str, flow_run: str) -> str:
 
 
 def test_a_stage_runs_there_and_is_here_afterwards(project: Path, cloud: Azure, api: str) -> None:
-    run = ("olivepress", "run", "--json")
-    done = sh(*run, cwd=project, PREFECT_API_URL=api, **cloud.env)
+    run = ("run", "--json")
+    done = sh("olivepress", *run, cwd=project, PREFECT_API_URL=api)
     report = json.loads(done.stdout)
     rows = {row["stage"]: row for row in report["stages"]}
     assert rows["first"]["state"] == "Completed"
@@ -166,10 +177,10 @@ def test_a_stage_runs_there_and_is_here_afterwards(project: Path, cloud: Azure, 
     assert work(cloud, job) / "first.py" in code
     written = b"".join(path.read_bytes() for path in code).decode("utf-8", "replace")
     assert_no_secrets(cloud, done.stdout + done.stderr + said + str(spec) + written)
-    again = json.loads(sh(*run, cwd=project, PREFECT_API_URL=api, **cloud.env).stdout)
+    again = json.loads(typed(*run, cwd=project, PREFECT_API_URL=api).stdout)
     assert [row["state"] for row in again["stages"]] == ["Cached", "Cached"]
     shutil.rmtree(project / ".dvc/cache")
-    assert ask(project, cloud, key=rows["first"]["key"]).returncode == 0
+    main(asked(cloud, key=rows["first"]["key"]))
     assert bridge.status(project)["first"].action == "unchanged"
     assert jobs(cloud) == [job]
 
@@ -216,28 +227,26 @@ def test_ctrl_c_cancels_the_job(project: Path, cloud: Azure, api: str) -> None:
 
 
 def test_what_is_missing_is_said_before_anything_is_sent(project: Path, cloud: Azure) -> None:
-    said = refusal(project, cloud, cluster="small")
+    said = refusal(cloud, cluster="small")
     assert "has no cluster small: az ml compute create --type AmlCompute --name small" in said
     (project / "new.txt").touch()
-    said = refusal(project, cloud, files=["in.txt", "new.txt"])
+    said = refusal(cloud, files=["in.txt", "new.txt"])
     assert "new.txt: first reads it, and neither Git nor DVC keeps it" in said
     local, kept = project / ".dvc/config.local", project / ".dvc/config"
     local.unlink()
-    assert "no remote is configured" in refusal(project, cloud)
+    assert "no remote is configured" in refusal(cloud)
     kept.write_text(kept.read_text() + "['remote \"store\"']\n    account_key = c2VjcmV0\n")
-    assert ".dvc/config: account_key is a secret in a file that Git keeps" in refusal(
-        project, cloud
-    )
+    assert ".dvc/config: account_key is a secret in a file that Git keeps" in refusal(cloud)
     assert not cloud.blobs() and not jobs(cloud)
 
 
 def test_a_job_that_cannot_start_is_told_with_the_reason(project: Path, cloud: Azure) -> None:
     cloud.cluster(quota=True)
-    assert "no quota for its machine: Operation results in exceeding" in refusal(project, cloud)
+    assert "no quota for its machine: Operation results in exceeding" in refusal(cloud)
     error = {"code": "ImageBuildFailure", "message": "Image build failed.\nSee the log."}
     ended = {"status": "Failed", "error": {"error": error}, "logFiles": {}}
     cloud.fault(path="/details", status=200, body=ended)
-    said = refusal(project, cloud)
+    said = last_line(project, cloud)
     assert said == (
         f"first: job {jobs(cloud)[-1]} failed: its environment could not be built: "
         "Image build failed.\n"
@@ -248,13 +257,13 @@ def test_a_job_that_cannot_start_is_told_with_the_reason(project: Path, cloud: A
 def test_last_words_from_there_though_the_log_breaks_off(project: Path, cloud: Azure) -> None:
     (project / "first.py").write_text("import sys\nsys.exit('first: row 3 is bad')\n")
     cloud.fault(host="blob", path="std_log", method="GET", cut_response=3)
-    assert refusal(project, cloud) == "first: row 3 is bad\n"
+    assert last_line(project, cloud) == "first: row 3 is bad\n"
 
 
 def test_a_remote_that_the_cluster_does_not_reach(project: Path, cloud: Azure) -> None:
     config = project / ".dvc/config.local"
     config.write_text(config.read_text().replace(cloud.world["container"], "nowhere"))
-    said = refusal(project, cloud)
+    said = refusal(cloud)
     assert said.startswith("first: on the cluster: remote store (azure://nowhere/dvc): ")
     assert "is not there" in said
 

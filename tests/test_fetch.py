@@ -1,4 +1,4 @@
-"""The fetch stage on local folders, through its command line; tests/test_hub.py has the hub."""
+"""The fetch stage on local folders; tests/test_hub.py has the hub."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import assert_refused, make_project, run_stage
+from tiny import assert_refused, make_project, refused, run_stage
 
+from stages import fetch
 from stages.errors import UserError
 from stages.fetch import check_space
 
@@ -86,7 +87,7 @@ def test_links_are_copied_as_files(project):
 )
 def test_unusable_folders_are_refused(project: Path, spoil: Callable[[Path], None], message: str):
     spoil(project / "tiny")
-    assert_refused(project, run_stage(project, "fetch"), message)
+    refused(project, fetch.main, message)
     assert not (project / "models/base").exists()
 
 
@@ -111,7 +112,7 @@ def test_unusable_folders_are_refused(project: Path, spoil: Callable[[Path], Non
 )
 def test_other_kinds_of_model_are_named(project, changes, message):
     edit(project / "tiny/config.json", **changes)
-    assert_refused(project, run_stage(project, "fetch"), message)
+    refused(project, fetch.main, message)
 
 
 def test_missing_chat_template_is_said(project):

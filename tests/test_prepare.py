@@ -1,4 +1,4 @@
-"""The prepare stage through its command line: what it writes, and what it refuses."""
+"""The prepare stage: what it writes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import assert_refused, make_project, questions, run_stage, write_rows
+from tiny import assert_refused, make_project, questions, refused, run_stage, write_rows
 
-from stages.prepare import for_evaluation
+from stages.prepare import for_evaluation, main
 
 GOOD = b'{"prompt": "Hi", "response": "Hello"}\n'
 OUT = Path("data/prepared/travel")
@@ -22,6 +22,10 @@ def project(tmp_path_factory):
 
 def prepare(project: Path):
     return run_stage(project, "prepare", "--adapter", "travel")
+
+
+def in_vain(project: Path, *parts: str) -> None:
+    refused(project, lambda params: main(params, "travel"), *parts)
 
 
 def lines(path: Path) -> list[dict]:
@@ -91,7 +95,7 @@ def test_bad_rows_are_refused_and_what_was_there_stays(project, content, message
     (project / "data/travel.jsonl").write_bytes(content)
     (project / OUT).mkdir(parents=True, exist_ok=True)
     (project / OUT / "kept").touch()
-    assert_refused(project, prepare(project), message)
+    in_vain(project, message)
     assert (project / OUT / "kept").exists()
 
 
@@ -99,27 +103,27 @@ def test_long_row_is_named_with_its_length_and_the_limit(project):
     long = [{"prompt": "a" * 200, "response": "b" * 200}]
     write_rows(project / "data/travel.jsonl", questions(3) + long)
     message = "data/travel.jsonl:4: 404 tokens, and the base model takes 256"
-    assert_refused(project, prepare(project), message)
+    in_vain(project, message)
 
 
 def test_split_without_rows_says_how_many_are_needed(project):
     write_rows(project / "data/travel.jsonl", [{"prompt": "a", "response": "b"}])
     message = "none of 1 rows is in the eval split, chosen by a hash (prepare.eval_percent is 10)"
-    assert_refused(project, prepare(project), message, "about 44 rows are needed")
+    in_vain(project, message, "about 44 rows are needed")
 
 
 def test_chat_template_that_is_missing(tmp_path):
     project = make_project(tmp_path)
     write_rows(project / "data/travel.jsonl", questions(3))
     (project / "models/base/chat_template.jinja").unlink()
-    assert_refused(project, prepare(project), "no chat template; set prepare.template")
+    in_vain(project, "no chat template; set prepare.template")
 
 
 def test_unknown_adapter_and_missing_data(project):
     done = run_stage(project, "prepare", "--adapter", "nope")
     assert_refused(project, done, "adapters.nope: no such adapter")
     (project / "data/travel.jsonl").unlink()
-    assert_refused(project, prepare(project), "data/travel.jsonl: not found")
+    in_vain(project, "data/travel.jsonl: not found")
     (project / "data/travel.jsonl").mkdir()
-    assert_refused(project, prepare(project), "data/travel.jsonl: is a folder")
+    in_vain(project, "data/travel.jsonl: is a folder")
     shutil.rmtree(project / "data/travel.jsonl")

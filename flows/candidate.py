@@ -21,7 +21,8 @@ from stages.errors import UserError
 from stages.stage import METRICS
 from tasks import bridge
 from tasks.pool.claims import Claims, Pulse
-from tasks.pool.workspace import workspace
+from tasks.pool.flight import Flight
+from tasks.pool.workspace import remote_of, workspace
 from tasks.sweep import figures
 from tasks.sweep.figures import Limit
 from tasks.terminal import terminal
@@ -71,7 +72,8 @@ def _make(folder: Path, run: str, overrides: dict[str, Any], limits: list[Limit]
         done.add(row.stage)
         return not figures.broken(limits, figures.read(folder, done, adapters))
 
-    rows = run_stages(folder, values, hold_back(graph, limits), Claims(run, platform.node()), go_on)
+    flight = Flight(folder, Claims(run, platform.node()), remote_of(folder))
+    rows = run_stages(folder, values, hold_back(graph, limits), flight, go_on)
     known = figures.read(folder, done, adapters)
     broken = figures.broken(limits, known)
     leave(folder, rows, known, broken)

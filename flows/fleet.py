@@ -118,19 +118,26 @@ def adopt(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a candidate's parameters into params.yaml; olivepress run then restores the rest."""
+    """Write a candidate's params.yaml and dvc.lock; what it made is then restored, not computed."""
     with in_project() as root:
+        from stages.stage import new_output
         from tasks import overrides
-        from tasks.sweep import results
+        from tasks.pool.workspace import remote_of
+        from tasks.sweep import experiments, results
 
-        number, values = results.overrides_of(root, name, candidate)
-        changes = overrides.apply(root, values)
+        result, one = results.kept(root, name, candidate)
+        changes = overrides.apply(root, result["base"] | one["overrides"])
+        if one["experiment"]:
+            lock = experiments.lock_of(root, result["commit"], one["experiment"])
+            with new_output(root / "dvc.lock") as path:
+                path.write_text(lock, "utf-8")
         if as_json:
-            print_json({"candidate": number, "changes": changes})
+            print_json({"candidate": one["number"], "changes": changes})
             return
         for change in changes:
             typer.echo(f"params.yaml: {change}")
-        typer.echo(f"candidate {number} of {name}: olivepress run brings its outputs here")
+        bring = "olivepress pull && olivepress run" if remote_of(root) else "olivepress run"
+        typer.echo(f"candidate {one['number']} of {name}; bring what it made here: {bring}")
 
 
 def worker(
@@ -155,8 +162,6 @@ def worker(
             remote.check(root, where)
         gpu.announce()
         has = machine.this_machine(root)
-        shares = (
-            f"shares through remote {where}" if where else "no remote, so nothing is shared"
-        )
+        shares = f"shares through remote {where}" if where else "no remote, so nothing is shared"
         typer.echo(f"{has}; {shares}; server {api}")
         serving.serve(root, pool, limit, name or serving.default_name(root))

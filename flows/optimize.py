@@ -23,7 +23,7 @@ from tasks import bridge, doctor
 from tasks import overrides as changes
 from tasks.command import stages_end_with_caller
 from tasks.pool import gpu
-from tasks.pool.claims import Claims
+from tasks.pool.flight import Flight
 from tasks.stage import run_stage
 from tasks.terminal import terminal
 
@@ -76,7 +76,7 @@ def run_stages(
     root: Path,
     values: params.Params,
     graph: dict[str, set[str]],
-    claims: Claims | None = None,
+    flight: Flight | None = None,
     go_on: Callable[[summary.Row], bool] = lambda row: True,
 ) -> list[summary.Row]:
     """Bring the stages up to date, in order; a row for each that was begun.
@@ -85,7 +85,7 @@ def run_stages(
         root: the project's folder.
         values: its parameters.
         graph: stages with what each waits for.
-        claims: of the flow run, when other machines may want the same stages.
+        flight: of the flow run, when other machines may want the same stages.
         go_on: asked after each stage that ended well whether to begin others.
     """
     settings = values.run
@@ -93,7 +93,7 @@ def run_stages(
     def start(stage: str, upstream: list[PrefectFuture]) -> PrefectFuture:
         limit = settings.time_limits.get(stage, settings.time_limit_minutes) * 60
         named = run_stage.with_options(retries=settings.retries)
-        return named.submit(stage, root, limit, claims, wait_for=upstream)  # type: ignore[call-overload]
+        return named.submit(stage, root, limit, flight, wait_for=upstream)  # type: ignore[call-overload]
 
     rows: list[summary.Row] = []
 
@@ -144,9 +144,9 @@ def in_order(
     began: dict[str, float] = {}
     finished: queue.Queue[str] = queue.Queue()
     ready: list[str] = []
-    running, go_on = 0, True
+    running, go_on, rank = 0, True, list(graph)
     while order.is_active():
-        ready += sorted(order.get_ready())
+        ready += sorted(order.get_ready(), key=rank.index)  # as dvc.yaml has them
         while ready and running < concurrency and go_on:
             stage = ready.pop(0)
             began[stage] = time.monotonic()

@@ -167,7 +167,7 @@ def _connected(
     *,
     remote: str | None = None,
     limit_seconds: float = LIMIT_SECONDS,
-    probe_seconds: float = PROBE_SECONDS,
+    probe_seconds: float | None = PROBE_SECONDS,
     quiet_seconds: float = QUIET_SECONDS,
     on_progress: Progress = lambda done, total, note: None,
 ) -> Iterator[Link]:
@@ -177,7 +177,7 @@ def _connected(
         who_writes_lock: for the error when dvc.lock is missing; None if it is not needed.
         remote: its name; None for DVC's default remote.
         limit_seconds: for all of it.
-        probe_seconds: for the remote's first answer.
+        probe_seconds: for the remote's first answer; None for one that has just answered.
         quiet_seconds: something must move in that time.
         on_progress: called with files done, files in all, and a note.
 
@@ -196,17 +196,27 @@ def _connected(
         overrule(Path(folder) / "config", name)
         env = {"DVC_SYSTEM_CONFIG_DIR": folder}
         dvc = Dvc(root, where, limit_seconds, quiet_seconds, on_progress, env)
-        try:
-            code, said = dvc.run("ls-url", f"remote://{name}", within=probe_seconds)
-        except NoAnswer:
-            if moved.url.startswith("azure:") and not KEYS & set(options):
-                _check_sign_in(where)
-            raise
-        empty = bool(code) and "does not exist" in " ".join(said)
-        if code and not empty:
-            raise UserError(f"{where}: {explain(said)}")
+        empty = probe_seconds is not None and _is_empty(dvc, name, options, probe_seconds)
         yield Link(dvc, moved, cache, empty)
     moved.seconds = time.monotonic() - started
+
+
+def _is_empty(dvc: Dvc, name: str, options: dict[str, Any], seconds: float) -> bool:
+    """Whether nothing was ever pushed to a remote.
+
+    Raises:
+        UserError: it does not answer in time, or refuses.
+    """
+    try:
+        code, said = dvc.run("ls-url", f"remote://{name}", within=seconds)
+    except NoAnswer:
+        if str(options["url"]).startswith("azure:") and not KEYS & set(options):
+            _check_sign_in(dvc.where)
+        raise
+    empty = bool(code) and "does not exist" in " ".join(said)
+    if code and not empty:
+        raise UserError(f"{dvc.where}: {explain(said)}")
+    return empty
 
 
 def _check_sign_in(where: str) -> None:

@@ -33,6 +33,9 @@ port = {port}
 
 [server]
 analytics_enabled = false
+
+[server.concurrency]
+lease_storage = "prefect.server.concurrency.lease_storage.filesystem"  # outlives a restart
 """
 
 

@@ -17,9 +17,7 @@ from stages.errors import UserError
 from tasks import bridge
 from tasks.command import parse_progress
 from tasks.compute.task import Cluster
-from tasks.pool.claims import Claims
 from tasks.pool.flight import Flight
-from tasks.pool.workspace import remote_of
 from tasks.terminal import terminal
 
 PROGRESS_SECONDS = 2  # between updates of a progress artifact: each is a call to the server
@@ -52,14 +50,14 @@ class Progress:
 # DVC decides what is stale, so Prefect's own cache is off: a record of an earlier run says nothing
 # about what is on disk. The state carries DVC's stage key as its cache key all the same.
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, log_prints=False)
-def run_stage(name: str, root: Path, limit_seconds: float, claims: Claims | None = None) -> State:
+def run_stage(name: str, root: Path, limit_seconds: float, flight: Flight | None = None) -> State:
     """Bring one stage up to date.
 
     Args:
         name: the stage.
         root: the project's folder.
         limit_seconds: its command is killed after so long.
-        claims: of the flow run, when other machines may want the same stage.
+        flight: of the flow run, when other machines may want the same stage.
 
     Returns:
         Cached when DVC skipped or restored it, Completed when it ran, Failed with its own last
@@ -77,7 +75,6 @@ def run_stage(name: str, root: Path, limit_seconds: float, claims: Claims | None
 
     env = {"OLIVEPRESS_RUN_ID": str(runtime.flow_run.id or "")}
     elsewhere = None
-    flight = Flight(root, claims, remote_of(root), on_line) if claims else None
     try:
         values = params.load(root / "params.yaml")
         if values.machine(name) == "azureml":

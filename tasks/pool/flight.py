@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
+
+from prefect import get_run_logger
 
 from stages.errors import UserError
 from tasks import remote
-from tasks.pool.claims import Claims
+from tasks.pool.claims import Claim, Claims
 
-T = TypeVar("T")
 REMOTE_SECONDS = 300.0  # for a remote that is away
 AGAIN_SECONDS = 5.0
 
@@ -33,42 +34,44 @@ class Flight:
         root: the folder it works in.
         claims: of the flow run.
         remote: the DVC remote through which machines share; None where they share a cache.
-        on_line: called with what is waited for.
     """
 
     root: Path
     claims: Claims
     remote: str | None
-    on_line: Callable[[str], None]
+    _answered: bool = False
+    """Whether the remote has: then it is not asked again before each stage."""
 
     @contextlib.contextmanager
     def turn(self, stage: str, key: str) -> Iterator[Turn]:
         """As `tasks.bridge.Flight`."""
 
-        def waits(claim: object) -> None:
-            self.on_line(f"{stage}: waits for {getattr(claim, 'machine', '?')}, which makes it")
+        def waits(claim: Claim) -> None:
+            get_run_logger().info("%s: waits for %s, which makes it", stage, claim.machine)
 
         with self.claims.held(key, waits):
-            if self.remote:
-                name = self.remote
-                self._patiently(lambda: remote.fetch_run(self.root, key, remote=name))
+            self._patiently(remote.fetch_run, key)
             turn = Turn()
             yield turn
-            if turn.ran and self.remote:
-                self._patiently(lambda: remote.push(self.root, [stage], remote=self.remote))
+            if turn.ran:
+                self._patiently(remote.push, [stage])
 
-    def _patiently(self, move: Callable[[], T]) -> T:
-        """Move something; tried again while the remote is away.
+    def _patiently(self, move: Callable[..., Any], what: Any) -> None:
+        """Move something to or from the remote; tried again while that is away.
 
         Raises:
             UserError: it was away for `REMOTE_SECONDS`.
         """
         deadline = time.monotonic() + REMOTE_SECONDS
-        while True:
+        while self.remote:
+            probe = None if self._answered else remote.PROBE_SECONDS
             try:
-                return move()
+                move(self.root, what, remote=self.remote, probe_seconds=probe)
+                self._answered |= move is remote.push  # before, it may be empty
+                return
             except UserError as error:
+                self._answered = False
                 if time.monotonic() > deadline:
                     raise
-                self.on_line(f"{error}; again in {AGAIN_SECONDS:g} s")
+                get_run_logger().warning("%s; again in %g s", error, AGAIN_SECONDS)
                 time.sleep(AGAIN_SECONDS)

@@ -55,6 +55,15 @@ def save(root: Path, commit: str, name: str, sent: dict[str, Any]) -> str:
     return made
 
 
+def lock_of(root: Path, commit: str, name: str) -> str:
+    """The dvc.lock of an experiment.
+
+    Raises:
+        UserError: there is no such experiment, as `dvc exp remove` took it away.
+    """
+    return git(root, "show", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}:dvc.lock") + "\n"
+
+
 def _keep_metrics(root: Path, sent: dict[str, Any]) -> None:
     """Put metrics into DVC's cache, where `dvc exp show` reads them, if they are what they say."""
     cache = cache_of(root) / "files/md5"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,8 +114,8 @@ def write(root: Path, result: Result) -> Path:
     return folder
 
 
-def overrides_of(root: Path, name: str, number: int | None) -> tuple[int, Mapping[str, Any]]:
-    """A candidate's number and all it sets in params.yaml; the best one if no number is given.
+def kept(root: Path, name: str, number: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A sweep's result.json, and one of its candidates; the best one if no number is given.
 
     Raises:
         UserError: no such sweep or candidate, or none within the limits.
@@ -126,11 +125,11 @@ def overrides_of(root: Path, name: str, number: int | None) -> tuple[int, Mappin
         there = sorted(p.parent.name for p in (root / FOLDER).glob("*/result.json"))
         known = f"; there is {', '.join(there)}" if there else ""
         raise UserError(f"{path.relative_to(root)} is not there: olivepress sweep writes it{known}")
-    kept = read_json(path)
-    number = kept["best"] if number is None else number
+    result = read_json(path)
+    number = result["best"] if number is None else number
     if number is None:
         raise UserError(f"sweep {name}: no candidate meets all limits; name one by its number")
-    for one in kept["candidates"]:
+    for one in result["candidates"]:
         if one["number"] == number:
-            return number, kept["base"] | one["overrides"]
-    raise UserError(f"sweep {name}: no candidate {number}; it has {len(kept['candidates'])}")
+            return result, one
+    raise UserError(f"sweep {name}: no candidate {number}; it has {len(result['candidates'])}")

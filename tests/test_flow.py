@@ -286,6 +286,15 @@ def test_stages_run_at_once_up_to_the_limit(toy: Path) -> None:
     assert max(at_once) == 2
 
 
+def test_of_stages_that_can_start_the_one_higher_up_in_dvc_yaml_does(toy: Path) -> None:
+    first = "  first:\n    cmd: python first.py"
+    early = "  late-in-the-alphabet:\n    cmd: mkdir early\n    outs: [early]"
+    text = (toy / "dvc.yaml").read_text()
+    (toy / "dvc.yaml").write_text(text.replace(first, f"{early}\n{first}"))
+    rows = flow(**{"run.concurrency": 1})[0].result()
+    assert [row.stage for row in rows] == ["late-in-the-alphabet", "first", "each@travel"]
+
+
 def test_the_graph_of_the_run_is_that_of_dvc_yaml(toy: Path) -> None:
     _, runs = flow()
     inputs = runs["each@travel"].task_inputs["wait_for"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from flows.console import Json, in_project, print_json, quiet_prefect, stop
 
@@ -68,9 +69,9 @@ def _show(root: Path, name: str, state: Any, url: str, as_json: bool) -> None:
 
     folder = root / FOLDER / name
     if as_json and (folder / "result.json").exists():
-        print_json(
-            read_json(folder / "result.json") | {"page": str(folder / "index.html"), "url": url}
-        )
+        kept = read_json(folder / "result.json")
+        if url.endswith(kept["run"]):  # else it is of an earlier one
+            print_json(kept | {"page": str(folder / "index.html"), "url": url})
     if not state.is_completed():
         stop(f"{state.message}\nThis run: {url}")
     if not as_json:
@@ -126,16 +127,20 @@ def adopt(
         from tasks.sweep import experiments, results
 
         result, one = results.kept(root, name, candidate)
+        made = experiments.files(root, result["commit"], one["experiment"])
         changes = overrides.apply(root, result["base"] | one["overrides"])
-        if one["experiment"]:
-            lock = experiments.lock_of(root, result["commit"], one["experiment"])
+        if "dvc.lock" in made:
             with new_output(root / "dvc.lock") as path:
-                path.write_text(lock, "utf-8")
+                path.write_text(made["dvc.lock"], "utf-8")
+        now = yaml.safe_load((root / "params.yaml").read_text("utf-8"))
+        differs = bool(made) and yaml.safe_load(made["params.yaml"]) != now
         if as_json:
             print_json({"candidate": one["number"], "changes": changes})
             return
         for change in changes:
             typer.echo(f"params.yaml: {change}")
+        if differs:
+            typer.echo("params.yaml differs from the sweep's in other keys: some stages may run")
         bring = "olivepress pull && olivepress run" if remote_of(root) else "olivepress run"
         typer.echo(f"candidate {one['number']} of {name}; bring what it made here: {bring}")
 
@@ -149,7 +154,7 @@ def worker(
 ) -> None:
     """Serve a work pool from this clone, until Ctrl-C: candidates of sweeps are made here."""
     with in_project() as root:
-        from tasks import remote, server
+        from tasks import doctor, remote, server
 
         os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
         api = server.ensure(root)
@@ -160,6 +165,7 @@ def worker(
         where = remote_of(root)
         if where:
             remote.check(root, where)
+        doctor.check_or_raise(root)
         gpu.announce()
         has = machine.this_machine(root)
         shares = f"shares through remote {where}" if where else "no remote, so nothing is shared"

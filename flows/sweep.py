@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
-from functools import partial
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect import flow, get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterFlowRunId,
-    ArtifactFilterKey,
-    FlowRunFilter,
-    FlowRunFilterId,
-)
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.sorting import ArtifactSort
 from prefect.deployments import run_deployment
-from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, State
+from prefect.states import Cancelled, Completed, Crashed, Failed, Scheduled, State
 
 from flows import sweep_page
 from flows.candidate import OVER, RESULT
 from stages.errors import UserError
 from tasks import bridge
-from tasks.pool import deployment
-from tasks.pool.claims import Pulse, Watch, patiently
+from tasks.pool import deployment, runs
+from tasks.pool.claims import CLEAN_UP_SECONDS, Pulse, Watch, patiently
 from tasks.sweep import experiments, plan, results, spec
 from tasks.sweep import results as outcome
 from tasks.sweep.results import Candidate, Result
@@ -36,6 +28,9 @@ from tasks.sweep.search import Search
 from tasks.terminal import terminal
 
 LOOK_SECONDS = 2.0
+AT_ONCE = 200  # candidates that wait or run: a look asks the server for each
+WRITE_SECONDS = 5.0  # between writings of result.json
+START = timedelta(seconds=120)  # for a worker to start a candidate's process
 QUIET_SECONDS = 60.0  # a worker polls every few seconds
 
 
@@ -57,16 +52,32 @@ def sweep(
     try:
         root = bridge.find_root()
         wanted = spec.check(given, "given") if given else spec.load(root / file)
-        result = plan.begin(root, wanted)
-        crew = Crew(root, result, pool)
-        with Pulse(str(runtime.flow_run.id)):
+        crew = Crew(root, plan.begin(root, wanted, str(runtime.flow_run.id)), pool)
+        with Pulse(crew.result.run):
             work(crew)
+    except Stopped:
+        return Cancelled(message="cancelled, and its candidates with it")
     except UserError as error:
         return Failed(message=str(error))
-    best = result.best()
+    best = crew.result.best()
     if best is None:
-        return Failed(message=f"none of {len(result.candidates)} candidates meets the limits")
-    return Completed(message=f"best is candidate {best.number}: {sweep_page.words(best, result)}")
+        return Failed(message=why_none(crew.result))
+    return Completed(
+        message=f"best is candidate {best.number}: {sweep_page.words(best, crew.result)}"
+    )
+
+
+def why_none(result: Result) -> str:
+    """Why no candidate is the best."""
+    met = [one for one in result.candidates if one.state == outcome.MET]
+    for name in result.spec.objectives:
+        if met and all(one.figures.get(name) is None for one in met):
+            return f"{name} was measured for no candidate, so none is the best"
+    return f"none of {len(result.candidates)} candidates meets the limits"
+
+
+class Stopped(Exception):
+    """Somebody has cancelled the sweep."""
 
 
 def work(crew: Crew) -> None:
@@ -76,11 +87,15 @@ def work(crew: Crew) -> None:
             time.sleep(LOOK_SECONDS)
             crew.look()
     except BaseException:
-        crew.cancel()
+        with suppress(UserError):
+            patiently(crew.cancel, CLEAN_UP_SECONDS)
         raise
     finally:
         terminal.done("sweep")
-        sweep_page.publish(crew.root, crew.result)
+        try:
+            sweep_page.publish(crew.root, crew.result)
+        except Exception as error:  # what ended the sweep is worth more than its page
+            get_run_logger().warning("no page was written: %s", error, exc_info=True)
 
 
 class Crew:
@@ -96,12 +111,13 @@ class Crew:
         self.root, self.result, self.pool = root, result, pool
         self.name = deployment.ensure(pool)
         self.search = Search(result.spec)
-        self.at_once = result.spec.parallel or (4 if result.spec.sampler == "tpe" else 10**6)
+        self.size = result.spec.size
+        self.at_once = result.spec.parallel or (4 if result.spec.sampler == "tpe" else AT_ONCE)
         self._trials: dict[int, Any] = {}
         self._began: dict[int, float] = {}
         self._watch = Watch()
-        self._moved = time.monotonic()
-        """When a candidate last began or ended."""
+        self._moved = self._written = time.monotonic()
+        """When a candidate last began or ended; when the result was last written."""
 
     @property
     def under_way(self) -> list[Candidate]:
@@ -109,53 +125,82 @@ class Crew:
 
     def hand_in(self) -> bool:
         """Give the pool as many candidates as may be under way; whether any are."""
-        found = self.result.candidates
-        while len(found) < self.result.spec.size and len(self.under_way) < self.at_once:
+        found, under_way = self.result.candidates, len(self.under_way)
+        while len(found) < self.size and under_way < self.at_once:
             asked = self.search.ask()
             if asked is None:
+                text = f"the space holds no other candidate: {len(found)} of {self.size}"
+                terminal.note(text)
+                self.size = len(found)
                 break
             one = Candidate(len(found) + 1, asked[1])
             self._trials[one.number], self._began[one.number] = asked[0], time.monotonic()
             found.append(one)
             self._submit(one)
-        return bool(self.under_way)
+            under_way += not one.ended
+        return len(found) < self.size or under_way > 0
 
     def _submit(self, one: Candidate) -> None:
         """Make a flow run for a worker to take, a child of this one."""
         spec, changes = self.result.spec, self.result.base | one.overrides
         one.tries += 1
-        needs = plan.needs(self.root, spec, changes)
-        parameters = {"commit": self.result.commit, "overrides": changes, "limits": spec.limits}
-        made = patiently(
+        try:
+            needs = plan.needs(self.root, self.result, changes)
+        except UserError as error:  # values that do not go together
+            return self._close(one, outcome.FAILED, str(error))
+        parameters = {
+            "commit": self.result.commit,
+            "overrides": changes,
+            "limits": spec.limits,
+            "sweep": self.result.run,
+        }
+        made: Any = patiently(
             lambda _: run_deployment(
                 self.name,
                 parameters=parameters,
                 flow_run_name=f"{spec.name}-{one.number:03}",
                 timeout=0,
-                idempotency_key=f"{runtime.flow_run.id}-{one.number}-{one.tries}",
+                idempotency_key=f"{self.result.run}-{one.number}-{one.tries}",
                 tags=[f"sweep: {spec.name}"],
                 job_variables=deployment.ask(needs),
             )
         )
-        one.run, one.state = str(made.id), outcome.WAITING  # type: ignore[union-attr]
+        one.run, one.state = str(made.id), outcome.WAITING
 
     def look(self) -> None:
-        """Take what has ended, and begin again what was on a machine that is lost."""
-        by_run = {one.run: one for one in self.under_way}
-        for run in patiently(lambda client: runs(client, list(by_run))):
-            one, state = by_run[str(run.id)], run.state
-            if state is None:
-                continue
-            if state.is_running() and not self._lives(run):
-                state = Crashed(message="its machine was lost")
+        """Take what has ended, and begin again what was on a machine that is lost.
+
+        Raises:
+            Stopped: this sweep was cancelled.
+        """
+        own = patiently(lambda client: client.read_flow_run(UUID(self.result.run)))
+        if own.state and (own.state.is_cancelling() or own.state.is_cancelled()):
+            raise Stopped
+        ids = [UUID(one.run) for one in self.under_way if one.run]
+        there = {str(run.id): run for run in patiently(lambda client: runs.find(client, ids))}
+        for one in self.under_way:
+            run = there.get(one.run or "")
+            state = self._state(run) if run else Crashed(message="its run was deleted")
             if state.is_final():
                 self._end(one, state)
             elif state.is_running() and one.state != outcome.RUNNING:
                 one.state, self._moved = outcome.RUNNING, time.monotonic()
-        done = [one for one in self.result.candidates if one.ended]
+        done = self.size - len(self.under_way) if self.size == len(self.result.candidates) else 0
         running = sum(one.state == outcome.RUNNING for one in self.under_way)
-        terminal.progress("sweep", len(done), self.result.spec.size, f"{running} running")
+        terminal.progress("sweep", done, self.size, f"{running} running")
         self._say_who_is_missing()
+
+    def _state(self, run: FlowRun) -> State:
+        """A candidate's state; Crashed, and marked so, if it began and shows no sign of life."""
+        state, name = run.state, str(run.id)
+        if state is None or state.is_final() or state.is_scheduled():
+            return state or Scheduled()
+        alive = patiently(lambda client: self._watch.alive(client, name))
+        starting = state.is_pending() and datetime.now(UTC) - state.timestamp < START
+        if alive or starting:
+            return state
+        patiently(lambda client: runs.crash(client, run.id, "its machine was lost"))
+        return Crashed(message="its machine was lost")
 
     def _say_who_is_missing(self) -> None:
         """When nothing is under way but waiting: what a worker must have, and who there is."""
@@ -165,88 +210,48 @@ class Crew:
             return
         self._moved = time.monotonic()
         there = deployment.workers(self.pool)
-        needs = plan.needs(self.root, self.result.spec, self.result.base | waiting[0].overrides)
+        needs = plan.needs(self.root, self.result, self.result.base | waiting[0].overrides)
         text = f"no worker has taken candidate {waiting[0].number}, which needs {needs}; "
-        text += f"of pool {self.pool} there {', '.join(there) or 'is none: olivepress worker'}"
+        text += f"pool {self.pool} has {', '.join(there) or 'none: olivepress worker starts one'}"
         get_run_logger().warning(text)
         terminal.note(text)
 
-    def _lives(self, run: FlowRun) -> bool:
-        """Whether a running candidate does; if not, it and its tasks are marked Crashed."""
-        name = str(run.id)
-        if patiently(lambda client: self._watch.alive(client, name)):
-            return True
-        patiently(lambda client: crash(client, run, "its machine was lost"))
-        patiently(lambda client: self._watch.forget(client, name))
-        return False
-
     def _end(self, one: Candidate, state: State) -> None:
-        """Write down what came of a candidate."""
-        assert one.run
-        run = UUID(one.run)
-        patiently(lambda client: end_tasks(client, run))
+        """Take what a candidate left, or begin it again if its machine was lost."""
+        run = UUID(one.run or "")
+        if not state.is_completed():
+            patiently(lambda client: runs.end_tasks(client, run))
+            patiently(lambda client: self._watch.forget(client, str(run)))
         if state.is_crashed() and one.tries <= self.result.spec.retries:
             get_run_logger().warning("candidate %s: %s; once more", one.number, state.message)
-            self._submit(one)
-            return
-        sent = patiently(lambda client: sent_by(client, run))
-        self._moved = time.monotonic()
-        one.seconds = round(time.monotonic() - self._began[one.number], 1)
-        one.message = state.message or state.name or ""
-        one.state = outcome.FAILED
+            return self._submit(one)
+        sent = patiently(lambda client: runs.sent_by(client, run, RESULT))
         if sent:
             one.figures, one.stages, one.machine = sent["figures"], sent["stages"], sent["machine"]
-        if state.is_completed():
-            one.state = outcome.OVER if state.name == OVER else outcome.MET
-            one.experiment = f"{self.result.spec.name}-{one.number:03}"
-            experiments.save(self.root, self.result.commit, one.experiment, sent)
+        if not state.is_completed() or not sent:
+            return self._close(one, outcome.FAILED, state.message or state.name or "")
+        name = f"{self.result.spec.name}-{one.number:03}"
+        try:
+            experiments.save(self.root, self.result.commit, name, sent)
+            one.experiment = name
+        except UserError as error:
+            get_run_logger().warning("candidate %s is no experiment: %s", one.number, error)
+        ended = outcome.OVER if state.name == OVER else outcome.MET
+        return self._close(one, ended, state.message or "")
+
+    def _close(self, one: Candidate, state: str, message: str) -> None:
+        """Write down what came of a candidate."""
+        self._moved = time.monotonic()
+        one.seconds = round(self._moved - self._began[one.number], 1)
+        one.state, one.message = state, message
         self.search.tell(self._trials[one.number], one.figures)
-        terminal.ended(
-            f"candidate {one.number}", one.state, sweep_page.words(one, self.result), one.seconds
-        )
-        results.write(self.root, self.result)
+        words = sweep_page.words(one, self.result)
+        terminal.ended(f"candidate {one.number}", one.state, words, one.seconds)
+        if self._moved - self._written > WRITE_SECONDS:
+            self._written = self._moved
+            results.write(self.root, self.result)
 
-    def cancel(self) -> None:
-        """Stop what is under way: workers end the processes of a run that is Cancelling."""
-        for run in patiently(lambda client: runs(client, [one.run for one in self.under_way])):
-            if run.state and not run.state.is_final():
-                to: State = Cancelling() if run.state.is_running() else Cancelled()
-                patiently(
-                    partial(SyncPrefectClient.set_flow_run_state, flow_run_id=run.id, state=to)
-                )
-
-
-def runs(client: SyncPrefectClient, ids: list[str | None]) -> list[FlowRun]:
-    """Flow runs by id; the server gives 200 at a time."""
-    found: list[FlowRun] = []
-    for start in range(0, len(ids), 200):
-        some = [UUID(name) for name in ids[start : start + 200] if name]
-        chosen = FlowRunFilter(id=FlowRunFilterId(any_=some))
-        found += client.read_flow_runs(flow_run_filter=chosen, limit=200)
-    return found
-
-
-def crash(client: SyncPrefectClient, run: FlowRun, message: str) -> None:
-    """Mark a flow run as Crashed, whatever its process thinks."""
-    client.set_flow_run_state(run.id, Crashed(message=message), force=True)
-
-
-def end_tasks(client: SyncPrefectClient, run: UUID) -> None:
-    """Mark what a run that has ended left running as Crashed: nobody else does."""
-    chosen = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
-    for task in client.read_task_runs(flow_run_filter=chosen):
-        if task.state and not task.state.is_final():
-            client.set_task_run_state(task.id, Crashed(message="its run has ended"), force=True)
-
-
-def sent_by(client: SyncPrefectClient, run: UUID) -> dict[str, Any]:
-    """What a candidate left for the sweep; nothing if it did not come that far."""
-    found = client.read_artifacts(
-        artifact_filter=ArtifactFilter(
-            flow_run_id=ArtifactFilterFlowRunId(any_=[run]), key=ArtifactFilterKey(any_=[RESULT])
-        ),
-        sort=ArtifactSort.CREATED_DESC,
-    )
-    if not found:
-        return {}
-    return json.loads(str(found[0].data).removeprefix("```json\n").rpartition("```")[0])
+    def cancel(self, client: SyncPrefectClient) -> None:
+        """Stop what is under way, and mark what waits for it."""
+        runs.cancel_children(client, UUID(self.result.run))
+        runs.end_tasks(client, UUID(self.result.run))

@@ -22,7 +22,7 @@ KEPT_LINES = 200  # of what a stage printed, for its last words
 
 _threads: set[int] = set()  # that work on a stage
 _groups: dict[int, float] = {}  # process groups that are running, and their seconds of grace
-_stopping = threading.Event()
+stopping = threading.Event()  # who waits for something looks at it
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Job:
             return self._run(argv, env, **kwargs)
 
     def _run(self, argv: list[str], env: dict[str, str], **kwargs: Any) -> int:
-        if _stopping.is_set():
+        if stopping.is_set():
             return -signal.SIGTERM
         path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
         program = shutil.which(argv[0], path=path) or argv[0]
@@ -157,11 +157,11 @@ def stages_end_with_caller() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _stopping.set()
+        stopping.set()
         began = time.monotonic()
         while _threads and time.monotonic() < began + 30:
             for group, grace in list(_groups.items()):
                 (_terminate if time.monotonic() < began + grace else _kill)(group)
             time.sleep(0.05)
-        _stopping.clear()
+        stopping.clear()
         raise

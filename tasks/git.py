@@ -8,6 +8,8 @@ from pathlib import Path
 
 from stages.errors import UserError
 
+LIMIT_SECONDS = 120  # for a fetch over a slow line
+
 
 def git(root: Path, *args: str, stdin: str | None = None, **env: str) -> str:
     """What a command prints.
@@ -36,12 +38,18 @@ def succeeds(root: Path, *args: str) -> bool:
 def _run(
     root: Path, args: tuple[str, ...], stdin: str | None, env: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["git", *args],
-        cwd=root,
-        env={**os.environ, **env},
-        input=stdin or "",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        return subprocess.run(
+            ["git", *args],
+            cwd=root,
+            env={**os.environ, "GIT_TERMINAL_PROMPT": "0", **env},
+            input=stdin or "",
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"git {args[0]}: no end in {LIMIT_SECONDS} s; is the network there?"
+        ) from None

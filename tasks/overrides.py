@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from collections.abc import Mapping
@@ -56,25 +57,6 @@ def apply(root: Path, overrides: Mapping[str, Any]) -> list[str]:
     params.load(path)
     if not overrides:
         return []
-    text, changes, _ = _edited(path, overrides)
-    if changes:
-        temporary = path.with_name(f".params.yaml.tmp-{os.getpid()}")
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    return changes
-
-
-def preview(root: Path, overrides: Mapping[str, Any]) -> params.Params:
-    """The parameters as `apply` would leave them; nothing is written.
-
-    Raises:
-        UserError: as `apply`.
-    """
-    return _edited(root / "params.yaml", overrides)[2]
-
-
-def _edited(path: Path, overrides: Mapping[str, Any]) -> tuple[str, list[str], params.Params]:
-    """The text of params.yaml with the overrides, what changed, and the values, checked."""
     from ruamel.yaml import YAML
 
     editor = YAML()
@@ -82,19 +64,41 @@ def _edited(path: Path, overrides: Mapping[str, Any]) -> tuple[str, list[str], p
     editor.width = 4096
     editor.representer.add_representer(type(None), _null)
     values = editor.load(path.read_text("utf-8"))
-    changes = []
+    changes = [change for key, new in overrides.items() if (change := _set(values, key, new))]
+    out = io.StringIO()
+    editor.dump(values, out)
+    text = out.getvalue()
+    params.check(yaml.safe_load(text))
+    if changes:
+        temporary = path.with_name(f".params.yaml.tmp-{os.getpid()}")
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    return changes
+
+
+def preview(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> params.Params:
+    """The parameters as `apply` would leave those of `values`, the content of a params.yaml.
+
+    Raises:
+        UserError: as `apply`.
+    """
+    changed = copy.deepcopy(dict(values))
     for key, value in overrides.items():
-        *parents, last = key.split(".")
-        section = values
-        for parent in parents:
-            if not isinstance(section, dict):
-                break
-            section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise UserError(f"params.yaml: {key}: unknown parameter")
-        if section.get(last) != value or last not in section:
-            changes.append(f"{key} {section.get(last)} → {value}")
-            section[last] = value
-    text = io.StringIO()
-    editor.dump(values, text)
-    return text.getvalue(), changes, params.check(yaml.safe_load(text.getvalue()))
+        _set(changed, key, value)
+    return params.check(changed)
+
+
+def _set(values: Any, key: str, value: Any) -> str | None:
+    """Set a dotted key; what changed, in words."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(values, dict):
+            break
+        values = values.setdefault(parent, {})
+    if not isinstance(values, dict):
+        raise UserError(f"params.yaml: {key}: unknown parameter")
+    before = values.get(last)
+    if last in values and before == value:
+        return None
+    values[last] = value
+    return f"{key} {before} → {value}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from uuid import UUID
 
+import httpx
 from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, StateDetails
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Completed, Failed
 
 from stages import params
@@ -40,6 +43,11 @@ class Progress:
             return
         self.updated = now
         percent = 100 * done / max(total, 1)
+        # The stage goes on while the server is away.
+        with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError):
+            self._show(percent, note)
+
+    def _show(self, percent: float, note: str) -> None:
         if self.artifact is None:
             created = create_progress_artifact(percent, description=f"{self.stage}: {note}")
             self.artifact = created if isinstance(created, UUID) else None

@@ -25,12 +25,15 @@ from prefect.client.schemas.objects import Variable
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 
 from stages.errors import UserError
+from tasks.command import stopping
 
 T = TypeVar("T")
 PULSE_SECONDS = 5.0
 DEAD_SECONDS = 30.0  # six pulses
 WAIT_SECONDS = 1.0  # between looks at somebody else's claim
 SERVER_SECONDS = 600.0  # for a server that is away
+CLEAN_UP_SECONDS = 30.0  # the same, when all is lost anyway
+LOOK_SECONDS = 10.0  # that one look stands for at most
 
 
 def patiently(call: Callable[[SyncPrefectClient], T], seconds: float = SERVER_SECONDS) -> T:
@@ -46,10 +49,20 @@ def patiently(call: Callable[[SyncPrefectClient], T], seconds: float = SERVER_SE
                 return call(client)
         except (httpx.TransportError, PrefectHTTPStatusError) as error:
             if isinstance(error, PrefectHTTPStatusError) and error.response.status_code < 500:
-                raise
+                raise UserError(f"the Prefect server refuses: {error}") from None
             if time.monotonic() > deadline:
                 raise UserError(f"the Prefect server is away: {error}") from None
-            time.sleep(1)
+            pause(1)
+
+
+def pause(seconds: float) -> None:
+    """Wait, unless the caller of the stages is stopped.
+
+    Raises:
+        UserError: it is.
+    """
+    if stopping.wait(seconds):
+        raise UserError("stopped")
 
 
 def _pulse_name(run: str) -> str:
@@ -62,11 +75,17 @@ class Pulse:
     Args:
         run: its id.
         on_lost: called once when another has declared it dead, from that thread.
+        and_look: called at each beat.
     """
 
-    def __init__(self, run: str, on_lost: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        run: str,
+        on_lost: Callable[[], None] = lambda: None,
+        and_look: Callable[[SyncPrefectClient], None] = lambda client: None,
+    ) -> None:
         self.name = _pulse_name(run)
-        self.on_lost = on_lost
+        self.on_lost, self.and_look = on_lost, and_look
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -84,6 +103,7 @@ class Pulse:
             try:
                 with get_client(sync_client=True) as client:
                     client.update_variable(VariableUpdate(name=self.name, value=count))
+                    self.and_look(client)
             except PrefectHTTPStatusError as error:
                 if error.response.status_code == httpx.codes.NOT_FOUND:
                     self.on_lost()
@@ -93,8 +113,10 @@ class Pulse:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
-        patiently(lambda client: _delete_name(client, self.name))
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        with contextlib.suppress(UserError):
+            patiently(lambda client: _delete_name(client, self.name), CLEAN_UP_SECONDS)
 
 
 def _delete_name(client: SyncPrefectClient, name: str) -> None:
@@ -111,17 +133,16 @@ class Watch:
     def alive(self, client: SyncPrefectClient, run: str) -> bool:
         """Whether a run's pulse was seen to change in the last `DEAD_SECONDS`.
 
-        Looks must be less than that apart: time in which nobody looked, or the server was away,
-        counts for nothing.
+        Each look stands for the time since the one before, but for no more than `LOOK_SECONDS`: the
+        server may have been away, and the pulses with it.
         """
         found = client.read_variable_by_name(_pulse_name(run))
         value = found.value if found else None
         now = time.monotonic()
-        before, since, looked = self._seen.get(run, (object(), now, now))
-        if value != before or now - looked > DEAD_SECONDS / 2:
-            since = now
-        self._seen[run] = (value, since, now)
-        return now - since < DEAD_SECONDS
+        before, looked, still = self._seen.get(run, (object(), now, 0.0))
+        still = still + min(now - looked, LOOK_SECONDS) if value == before else 0.0
+        self._seen[run] = (value, now, still)
+        return still < DEAD_SECONDS
 
     def forget(self, client: SyncPrefectClient, run: str) -> None:
         """Take a run's pulse away, so that it ends itself should it live after all."""
@@ -162,7 +183,8 @@ class Claims:
         try:
             yield
         finally:
-            patiently(lambda client: _delete(client, claim))
+            with contextlib.suppress(UserError):  # one that stays is free once this run has ended
+                patiently(lambda client: _delete(client, claim), CLEAN_UP_SECONDS)
 
     def _take(self, key: str, on_wait: Callable[[Claim], None]) -> Claim:
         watch, told = Watch(), None
@@ -176,7 +198,7 @@ class Claims:
                 told = claim.id
                 on_wait(claim)
             if patiently(partial(watch.alive, run=claim.run)):
-                time.sleep(WAIT_SECONDS)
+                pause(WAIT_SECONDS)
             else:
                 patiently(partial(_delete, claim=claim))
 

@@ -39,7 +39,7 @@ def _ensure(client: SyncPrefectClient, pool: str) -> str:
         made = WorkPoolCreate(name=pool, type="process", base_job_template=template("process"))
         with contextlib.suppress(ObjectAlreadyExists):
             client.create_work_pool(made)
-    name = "pool" if pool == POOL else pool
+    name = "pool" if pool == POOL else f"pool-{pool}"
     client.create_deployment(
         flow_id=client.create_flow_from_name(FLOW),
         name=name,

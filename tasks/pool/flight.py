@@ -13,7 +13,7 @@ from prefect import get_run_logger
 
 from stages.errors import UserError
 from tasks import remote
-from tasks.pool.claims import Claim, Claims
+from tasks.pool.claims import Claim, Claims, pause
 
 REMOTE_SECONDS = 300.0  # for a remote that is away
 AGAIN_SECONDS = 5.0
@@ -56,6 +56,15 @@ class Flight:
             if turn.ran:
                 self._patiently(remote.push, [stage])
 
+    def send(self, stages: list[str]) -> None:
+        """Send what stages made that the remote does not have, also of earlier runs here.
+
+        Raises:
+            UserError: the remote was away for `REMOTE_SECONDS`.
+        """
+        if stages:
+            self._patiently(remote.push, stages)
+
     def _patiently(self, move: Callable[..., Any], what: Any) -> None:
         """Move something to or from the remote; tried again while that is away.
 
@@ -74,4 +83,4 @@ class Flight:
                 if time.monotonic() > deadline:
                     raise
                 get_run_logger().warning("%s; again in %g s", error, AGAIN_SECONDS)
-                time.sleep(AGAIN_SECONDS)
+                pause(AGAIN_SECONDS)

@@ -23,17 +23,20 @@ def count() -> int:
 
 
 def limit_name() -> str:
-    """The name of this machine's concurrency limit in Prefect."""
-    return f"olivepress-gpu-{re.sub(r'[^A-Za-z0-9-]', '-', platform.node())}"
+    """The name in Prefect of the limit on what this process may use of this machine's GPUs.
+
+    Workers that are given GPUs of their own by CUDA_VISIBLE_DEVICES have limits of their own.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return "-".join(re.findall(r"[A-Za-z0-9]+", f"olivepress gpu {platform.node()} {visible}"))
 
 
 def announce() -> None:
-    """Tell the server how many stages may use a GPU here at once: one for each."""
-    if there := count():
-        from prefect.client.orchestration import get_client
+    """Tell the server that one stage at a time may use the GPU here."""
+    if count():
+        from tasks.pool.claims import patiently
 
-        with get_client(sync_client=True) as client:
-            client.upsert_global_concurrency_limit_by_name(limit_name(), there)
+        patiently(lambda client: client.upsert_global_concurrency_limit_by_name(limit_name(), 1))
 
 
 def turn(stage: str) -> Callable[[], contextlib.AbstractContextManager[None]]:

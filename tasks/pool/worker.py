@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import platform
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
@@ -16,6 +18,8 @@ from stages.errors import UserError
 from tasks.pool.claims import patiently
 from tasks.pool.deployment import asked, ensure, forget
 from tasks.pool.machine import this_machine
+from tasks.pool.runs import find
+from tasks.pool.workspace import FOLDER, remove
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -70,9 +74,20 @@ def default_name(root: Path) -> str:
 def serve(root: Path, pool: str, limit: int, name: str) -> None:
     """Take candidates until it is interrupted; then what runs is stopped."""
     ensure(pool)
+    remove_leftovers(root)
     worker = Worker(root, work_pool_name=pool, name=name, limit=limit)
     try:
         asyncio.run(worker.start(printer=lambda text: None))
     finally:  # or the server would call it online for a minute and a half
         with contextlib.suppress(UserError, ObjectNotFound):
             patiently(lambda client: forget(client, pool, name), seconds=5)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove the workspaces of runs that have ended: of a machine that was switched off."""
+    folders = list((root / FOLDER).iterdir()) if (root / FOLDER).is_dir() else []
+    for folder in folders:
+        with contextlib.suppress(ValueError):  # no name of a run
+            found = patiently(partial(find, ids=[UUID(folder.name)]))
+            if not any(run.state and not run.state.is_final() for run in found):
+                remove(root, folder)

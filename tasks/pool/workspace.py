@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from stages.errors import UserError
+from tasks import bridge
 from tasks.dvc_command import Dvc
 from tasks.git import git, succeeds
 
@@ -33,7 +35,7 @@ def workspace(root: Path, commit: str, name: str) -> Iterator[Path]:
     remove(root, folder)
     git(root, "worktree", "add", "--quiet", "--detach", str(folder), commit)
     try:
-        _share_cache(root, folder)
+        _share_settings(root, folder)
         _bring_data(root, folder)
         yield folder
     finally:
@@ -53,38 +55,33 @@ def _have(root: Path, commit: str) -> None:
 
 
 def cache_of(root: Path) -> Path:
-    """The clone's DVC cache: `cache.dir` is relative to the file that says it."""
-    for name in (".dvc/config.local", ".dvc/config"):
-        if place := _config(root / name).get("cache", "dir", fallback=None):
-            return (root / ".dvc" / place).resolve()
-    return root / ".dvc/cache"
+    """The clone's DVC cache."""
+    return bridge.settings(root)[1]
 
 
 def remote_of(root: Path) -> str | None:
     """The name of DVC's default remote, None if there is none: machines then share no bytes."""
-    for name in (".dvc/config.local", ".dvc/config"):
-        if remote := _config(root / name).get("core", "remote", fallback=None):
-            return remote
-    return None
+    return bridge.settings(root)[0]["core"].get("remote")
 
 
-def _config(path: Path) -> configparser.ConfigParser:
-    config = configparser.ConfigParser(interpolation=None, strict=False)
-    config.read(path)
-    return config
-
-
-def _share_cache(root: Path, folder: Path) -> None:
-    """Give the folder the clone's own DVC settings, and its cache."""
-    local = _config(root / ".dvc/config.local")
-    local.read_dict({"cache": {"dir": str(cache_of(root))}})
-    with (folder / ".dvc/config.local").open("w") as file:
-        local.write(file)
+def _share_settings(root: Path, folder: Path) -> None:
+    """Give the folder the clone's own DVC settings, its cache, and remotes by their whole path."""
+    settings, cache = bridge.settings(root)
+    local = configparser.ConfigParser(interpolation=None, strict=False)
+    local.read(root / ".dvc/config.local")
+    ours = {"cache": {"dir": str(cache)}, "core": {"site_cache_dir": str(folder / ".dvc/tmp/site")}}
+    for name, remote in settings["remote"].items():
+        ours[f"'remote \"{name}\"'"] = {"url": str(remote["url"])}
+    local.read_dict(ours)
+    place = folder / ".dvc/config.local"
+    with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        local.write(file)  # there may be keys in it
 
 
 def _bring_data(root: Path, folder: Path) -> None:
     """Put in place what `dvc add` keeps, from the cache, or from the default remote."""
-    files = git(folder, "ls-files", "*.dvc").split()
+    files = git(folder, "ls-files", "-z", "*.dvc").split("\0")
+    files = [name for name in files if name]
     if not files:
         return
     dvc = Dvc(folder, "dvc", LIMIT_SECONDS, LIMIT_SECONDS, lambda done, total, note: None)
@@ -94,6 +91,6 @@ def _bring_data(root: Path, folder: Path) -> None:
 
 
 def remove(root: Path, folder: Path) -> None:
-    """Remove a workspace, also one that a killed process left."""
+    """Remove a workspace."""
     shutil.rmtree(folder, ignore_errors=True)
     succeeds(root, "worktree", "prune")

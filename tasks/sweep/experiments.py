@@ -55,13 +55,16 @@ def save(root: Path, commit: str, name: str, sent: dict[str, Any]) -> str:
     return made
 
 
-def lock_of(root: Path, commit: str, name: str) -> str:
-    """The dvc.lock of an experiment.
+def files(root: Path, commit: str, name: str | None) -> dict[str, str]:
+    """The params.yaml and dvc.lock of an experiment; nothing for a candidate that is none.
 
     Raises:
-        UserError: there is no such experiment, as `dvc exp remove` took it away.
+        UserError: it is gone, as `dvc exp remove` took it away.
     """
-    return git(root, "show", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}:dvc.lock") + "\n"
+    if not name:
+        return {}
+    ref = f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"
+    return {path: git(root, "show", f"{ref}:{path}") + "\n" for path in ("params.yaml", "dvc.lock")}
 
 
 def _keep_metrics(root: Path, sent: dict[str, Any]) -> None:

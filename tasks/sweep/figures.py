@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
+from stages.measure import size_mb
 from stages.stage import METRICS, ONNX, QUANTIZED, read_json
 
 TEXT = METRICS / "quantized/text.json"
@@ -97,11 +98,18 @@ class Limit:
         return f"{self.figure} {'≤' if self.at_most else '≥'} {self.bound:g}"
 
 
-def broken(limits: list[Limit], figures: Mapping[str, float | None]) -> list[str]:
-    """What limits are not met, in words. A figure that is not there yet breaks none."""
+def broken(
+    limits: list[Limit], figures: Mapping[str, float | None], at_end: bool = False
+) -> list[str]:
+    """What limits are not met, in words.
+
+    A figure that is not there breaks none, as it may come; unless all stages have ended.
+    """
     found = []
     for limit in limits:
         value = figures.get(limit.figure)
+        if value is None and at_end:
+            found.append(f"{limit.figure} was not measured")
         if value is not None and not limit.excess(value) <= 0:  # nan meets none
             found.append(f"{limit.figure} is {value:.4g}, wanted {str(limit).split(' ', 1)[1]}")
     return found
@@ -121,9 +129,9 @@ def read(root: Path, done: set[str], adapters: list[str]) -> dict[str, float | N
     """
     found: dict[str, float | None] = {}
     if "quantize" in done:
-        found["quantized_size_mb"] = _size_mb(root / QUANTIZED)
+        found["quantized_size_mb"] = size_mb(root / QUANTIZED)
     if "export" in done:
-        found["size_mb"] = _size_mb(root / ONNX)
+        found["size_mb"] = size_mb(root / ONNX)
     if "measure" in done:
         text = read_json(root / TEXT)["text_perplexity"]
         found["perplexity_ratio"] = _ratio([text["quantized"], text["base"]])
@@ -142,11 +150,6 @@ def read(root: Path, done: set[str], adapters: list[str]) -> dict[str, float | N
         for adapter, values in metrics.items()
         for path, value in _numbers(values)
     }
-
-
-def _size_mb(folder: Path) -> float:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return round(sum(path.stat().st_size for path in files) / 1e6, 3)
 
 
 def _worst(figure: Figure, metrics: list[dict[str, Any]]) -> float | None:
@@ -182,6 +185,8 @@ def _numbers(values: Any, prefix: str = "") -> list[tuple[str, float]]:
         return [pair for part in parts for pair in part]
     if isinstance(values, int | float) and not isinstance(values, bool):
         return [(prefix.lstrip("."), float(values))]
+    if values is None and prefix.count(".") > 1:  # a whole part is null when it was not measured
+        return [(prefix.lstrip("."), math.nan)]
     return []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ from tasks.sweep.spec import Range, Spec
 OWN = {"params.yaml", "dvc.lock"}  # which a candidate brings itself
 
 
-def begin(root: Path, spec: Spec) -> Result:
-    """An empty result, once it is sure that candidates can be told apart from the commit.
+def begin(root: Path, spec: Spec, run: str) -> Result:
+    """An empty result, once it is sure that all machines will see the same candidates.
+
+    Args:
+        root: the clone.
+        spec: what is wanted.
+        run: the flow run id of the sweep.
 
     Raises:
         UserError: the folder is no Git repository, has changes that other machines will not see, or
@@ -29,26 +35,45 @@ def begin(root: Path, spec: Spec) -> Result:
     """
     commit = _commit(root)
     base = dict(_differences(root))
-    values = params.load(root / "params.yaml")
-    check_adapters([*spec.objectives, *(x.figure for x in spec.parsed_limits())],
-                   list(values.adapters))  # fmt: skip
+    here = yaml.safe_load((root / "params.yaml").read_text("utf-8"))
+    adapters = list(params.check(here).adapters)
+    check_adapters([*spec.objectives, *(one.figure for one in spec.parsed_limits())], adapters)
     for key, choices in spec.space.items():
-        for value in [choices.low, choices.high] if isinstance(choices, Range) else choices:
-            _check_value(root, key, value)
-    for path in _inputs(values):
+        _check_key(here, spec, key, choices)
+    _check_files(root, here, spec)
+    return Result(spec, commit, base, here, run)
+
+
+def _check_key(here: dict[str, Any], spec: Spec, key: str, choices: Any) -> None:
+    """Refuse an unknown key, and values that no candidate can have."""
+    section = key.partition(".")[0]
+    if section in ("run", "azure", "compute"):
+        raise UserError(f"space.{key}: changes where and how a stage runs, and no result")
+    with_it = [other for other in spec.space if other.partition(".")[0] == section]
+    values = [choices.low, choices.high] if isinstance(choices, Range) else choices
+    for value in values:
+        try:
+            overrides.preview(here, {key: value})
+        except UserError as error:  # may go with another value of a key beside it
+            if len(with_it) == 1 or "unknown parameter" in str(error):
+                raise
+
+
+def _check_files(root: Path, here: dict[str, Any], spec: Spec) -> None:
+    """Refuse a file that params.yaml, or a value of the sweep, names and Git does not have."""
+    sets: list[dict[str, Any]] = [{}]
+    lists = [(key, choices) for key, choices in spec.space.items() if isinstance(choices, list)]
+    sets += [{key: value} for key, values in lists for value in values if isinstance(value, str)]
+    names: set[str] = set()
+    for one in sets:
+        with suppress(UserError):  # such a value was looked at before
+            names |= set(_inputs(overrides.preview(here, one)))
+    for path in sorted(names):
         if not _is_kept(root, path):
             raise UserError(
                 f"{path} is not in Git, so other machines do not have it: git add it, or dvc add "
                 "and commit its .dvc file"
             )
-    return Result(spec, commit, base)
-
-
-def _check_value(root: Path, key: str, value: Any) -> None:
-    section = key.partition(".")[0]
-    if section in ("run", "azure", "compute"):
-        raise UserError(f"space.{key}: changes where and how a stage runs, and no result")
-    overrides.preview(root, {key: value})
 
 
 def _commit(root: Path) -> str:
@@ -106,10 +131,14 @@ def _is_kept(root: Path, path: str) -> bool:
     return bool(kept) or path.startswith("data/prepared/")
 
 
-def needs(root: Path, spec: Spec, changes: dict[str, Any]) -> Has:
-    """What a machine must have to take a candidate."""
-    found = needs_of(root, overrides.preview(root, changes))
-    own = spec.needs
+def needs(root: Path, result: Result, changes: dict[str, Any]) -> Has:
+    """What a machine must have to take a candidate.
+
+    Raises:
+        UserError: its values do not go together.
+    """
+    found = needs_of(root, overrides.preview(result.params, changes))
+    own = result.spec.needs
     return Has(
         gpus=found.gpus if own.gpu is None else int(own.gpu),
         memory_gb=own.memory_gb or found.memory_gb,

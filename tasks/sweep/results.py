@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
 from stages.stage import new_output, read_json, write_json
-from tasks.sweep.spec import Spec
+from tasks.sweep.spec import NAME, Spec
 
 FOLDER = Path("sweeps")  # sweeps/NAME/result.json and its pictures
 WAITING, RUNNING, MET, OVER, FAILED = "waiting", "running", "met", "over a limit", "failed"
@@ -50,6 +51,10 @@ class Result:
     commit: str
     base: dict[str, Any]
     """Parameters of params.yaml that differed from the commit's, which all candidates share."""
+    params: dict[str, Any]
+    """params.yaml as it was."""
+    run: str
+    """Flow run id of the sweep."""
     candidates: list[Candidate] = field(default_factory=list)
 
     def best(self) -> Candidate | None:
@@ -92,6 +97,7 @@ class Result:
             "name": self.spec.name,
             "commit": self.commit,
             "base": self.base,
+            "run": self.run,
             "spec": self.spec.model_dump(mode="json"),
             "candidates": [asdict(one) for one in self.candidates],
             "best": best.number if best else None,
@@ -121,10 +127,11 @@ def kept(root: Path, name: str, number: int | None) -> tuple[dict[str, Any], dic
         UserError: no such sweep or candidate, or none within the limits.
     """
     path = root / FOLDER / name / "result.json"
-    if not path.exists():
+    if not re.fullmatch(NAME, name) or not path.exists():
         there = sorted(p.parent.name for p in (root / FOLDER).glob("*/result.json"))
         known = f"; there is {', '.join(there)}" if there else ""
-        raise UserError(f"{path.relative_to(root)} is not there: olivepress sweep writes it{known}")
+        wanted = f"{FOLDER}/{name}/result.json"
+        raise UserError(f"{wanted} is not there: olivepress sweep writes it{known}")
     result = read_json(path)
     number = result["best"] if number is None else number
     if number is None:

@@ -126,9 +126,11 @@ def _inputs(values: params.Params) -> list[str]:
 
 
 def _is_kept(root: Path, path: str) -> bool:
-    """Whether Git or DVC has a file, or a stage makes it."""
-    kept = git(root, "ls-files", path, f"{path}.dvc")
-    return bool(kept) or path.startswith("data/prepared/")
+    """Whether Git or DVC has a file, or a folder that it is in, or a stage makes it."""
+    whole = [path, *(str(parent) for parent in Path(path).parents if parent != Path())]
+    return path.startswith("data/prepared/") or bool(
+        git(root, "ls-files", path, *(f"{one}.dvc" for one in whole))
+    )
 
 
 def needs(root: Path, result: Result, changes: dict[str, Any]) -> Has:

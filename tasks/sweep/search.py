@@ -32,15 +32,18 @@ class Search:
         self.limits = spec.parsed_limits()
         self._asked: set[str] = set()
         self._left = spec.grid() if spec.sampler == "grid" else []
+        self._samplers = self._make_samplers()
         self._space = {key: _distribution(value) for key, value in spec.space.items()}
         self._study = optuna.create_study(
-            sampler=self._sampler(), directions=list(spec.objectives.values())
+            sampler=self._samplers[0], directions=list(spec.objectives.values())
         )
 
-    def _sampler(self) -> optuna.samplers.BaseSampler:
+    def _make_samplers(self) -> list[optuna.samplers.BaseSampler]:
+        """The one that was chosen; and any, for when TPE wants nothing but what it had."""
+        any_ = optuna.samplers.RandomSampler(seed=self.spec.seed)
         if self.spec.sampler == "tpe":
-            return optuna.samplers.TPESampler(seed=self.spec.seed)
-        return optuna.samplers.RandomSampler(seed=self.spec.seed)
+            return [optuna.samplers.TPESampler(seed=self.spec.seed), any_]
+        return [any_]
 
     def ask(self) -> tuple[Trial | None, dict[str, Any]] | None:
         """The next candidate's parameters by dotted key; None when there is no other.
@@ -49,7 +52,7 @@ class Search:
         """
         if self.spec.sampler == "grid":
             return (None, self._left.pop(0)) if self._left else None
-        for _ in range(TRIES):
+        for self._study.sampler in (one for one in self._samplers for _ in range(TRIES)):
             trial = self._study.ask(self._space)
             values = {key: self._real(key, value) for key, value in trial.params.items()}
             if repr(values) not in self._asked:
@@ -64,17 +67,21 @@ class Search:
         return choices[value] if isinstance(choices, list) else value
 
     def tell(self, trial: Trial | None, figures: Mapping[str, float | None]) -> None:
-        """What a candidate reached; one that lacks an objective counts as failed."""
+        """What a candidate reached; one that lacks an objective counts as failed.
+
+        But for one that a limit stopped: TPE looks at no failed trial, and would learn nothing.
+        """
         if trial is None:
             return
-        values = [figures.get(name) for name in self.spec.objectives]
+        values, over = [figures.get(name) for name in self.spec.objectives], False
         for limit in self.limits:
             value = figures.get(limit.figure)
             if value is not None and math.isfinite(value):
                 trial.set_constraint(str(limit), limit.excess(value))
+                over |= limit.excess(value) > 0
         known = [value for value in values if value is not None and math.isfinite(value)]
         if len(known) < len(values):
-            self._study.tell(trial, state=TrialState.FAIL)
+            self._study.tell(trial, state=TrialState.PRUNED if over else TrialState.FAIL)
         else:
             self._study.tell(trial, known)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +15,13 @@ from stages.errors import UserError
 from stages.params import Section
 from tasks.sweep.figures import Limit, check_name
 
+MOST = 10_000  # candidates of a grid
+SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 wants a point in it
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class Range(Section):
-    """Numbers from `low` to `high`, both included. Whole ones when both are whole."""
+    """Numbers from `low` to `high`, both included. Whole ones when both, and `step`, are whole."""
 
     low: int | float
     high: int | float
@@ -29,7 +32,7 @@ class Range(Section):
 
     @property
     def whole(self) -> bool:
-        return isinstance(self.low, int) and isinstance(self.high, int)
+        return all(isinstance(one, int) for one in (self.low, self.high, self.step or 1))
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -90,6 +93,13 @@ class Spec(Section):
     """Conditions on figures, such as `size_mb <= 2500`; who breaks one is stopped."""
     needs: Needs = Needs()
 
+    @field_validator("name")
+    @classmethod
+    def _fits_git(cls, value: str) -> str:
+        if ".." in value or value.endswith("."):
+            raise ValueError("name: Git takes no .. in a name, and no . at its end")
+        return value
+
     @field_validator("objectives")
     @classmethod
     def _known(cls, value: dict[str, str]) -> dict[str, str]:
@@ -123,7 +133,9 @@ class Spec(Section):
         if self.sampler == "grid":
             if self.trials is not None:
                 raise ValueError("sampler grid takes all combinations: trials does not go with it")
-            self.grid()
+            count = math.prod(len(self.choices(key)) for key in self.space)
+            if count > MOST:
+                raise ValueError(f"a grid of {count:,} candidates; at most {MOST:,}: sample some")
         return self
 
     def choices(self, key: str) -> list[Any]:
@@ -142,7 +154,7 @@ class Spec(Section):
     @property
     def size(self) -> int:
         """Number of candidates."""
-        return self.trials or len(self.grid())
+        return self.trials or math.prod(len(self.choices(key)) for key in self.space)
 
     def parsed_limits(self) -> list[Limit]:
         return [Limit.parse(text) for text in self.limits]
@@ -174,16 +186,18 @@ def check(values: Any, where: str) -> Spec:
     try:
         return Spec.model_validate(_plain(values))
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {_line(e)}" for e in error.errors())) from None
+        # What is no number is told twice: it is no `int`, and it is no `float`.
+        found = [one for one in error.errors() if "int" not in one["loc"][3:]]
+        raise UserError("\n".join(f"{where}: {_line(one)}" for one in found)) from None
 
 
 def _line(error: Any) -> str:
     """One mistake: where, and what is wanted."""
-    parts = [str(part) for part in error["loc"] if part not in ("list", "range")]
+    parts = [str(part) for part in error["loc"] if part not in ("list", "range", "float")]
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] == "extra_forbidden":
         return f"{'.'.join(parts)}: unknown key"
-    if error["type"] == "value_error":
+    if error["type"] == "value_error" and len(parts) < 2:  # those of ranges do not say which
         return message
     if error["type"] == "model_type":
         return f"{'.'.join(parts)}: a list, or a range with low and high"
@@ -203,9 +217,6 @@ def _numbers(value: Any) -> Any:
         return [_numbers(item) for item in value]
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    if isinstance(value, str) and SCIENTIFIC.fullmatch(value):
+        return float(value)
     return value

@@ -90,7 +90,7 @@ def test_each_mistake_has_its_line() -> None:
 def test_what_is_no_sweep_yaml_is_one_clear_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="not valid YAML|keys are wanted") as error:
+    with pytest.raises(UserError, match=r"not valid YAML|keys are wanted") as error:
         spec.load(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 

@@ -52,13 +52,15 @@ class Search:
         """
         if self.spec.sampler == "grid":
             return (None, self._left.pop(0)) if self._left else None
-        for self._study.sampler in (one for one in self._samplers for _ in range(TRIES)):
-            trial = self._study.ask(self._space)
-            values = {key: self._real(key, value) for key, value in trial.params.items()}
-            if repr(values) not in self._asked:
-                self._asked.add(repr(values))
-                return trial, values
-            self._study.tell(trial, state=TrialState.FAIL)
+        for sampler in self._samplers:
+            self._study.sampler = sampler
+            for _ in range(TRIES):
+                trial = self._study.ask(self._space)
+                values = {key: self._real(key, value) for key, value in trial.params.items()}
+                if repr(values) not in self._asked:
+                    self._asked.add(repr(values))
+                    return trial, values
+                self._study.tell(trial, state=TrialState.FAIL)
         return None
 
     def _real(self, key: str, value: Any) -> Any:

@@ -13,6 +13,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -87,7 +88,8 @@ class Pulse:
         self.name = _pulse_name(run)
         self.on_lost, self.and_look = on_lost, and_look
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        # The context holds Prefect's settings.
+        self._thread = threading.Thread(target=copy_context().run, args=(self._beat,), daemon=True)
 
     def __enter__(self) -> Pulse:
         first = VariableCreate(name=self.name, value=0)

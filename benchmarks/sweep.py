@@ -1,6 +1,6 @@
 """What a sweep costs beside its stages, and what machines that work together spare.
 
-    python benchmarks/sweep.py --grid [--alone 12]
+    python benchmarks/sweep.py --grid [--alone 12] [--machines 1 2 3]
     python benchmarks/sweep.py --overhead
     python benchmarks/sweep.py --simulate CANDIDATES WORKERS [--sqlite]
 
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--grid", action="store_true", help="1, 2 and 3 clones against runs alone")
     parser.add_argument("--alone", type=int, default=12, help="how many of the 12 to run alone")
+    parser.add_argument("--machines", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
     parser.add_argument("--overhead", action="store_true", help="candidates that are all there")
     parser.add_argument("--simulate", type=int, nargs=2, metavar=("CANDIDATES", "WORKERS"))
     parser.add_argument("--sqlite", action="store_true", help="simulate on it, not on PostgreSQL")
@@ -62,7 +63,7 @@ def main() -> None:
         if args.overhead:
             overhead(home / "overhead", api)
         if args.grid:
-            grid(home / "grid", api, args.alone)
+            grid(home / "grid", api, args.alone, args.machines)
         if args.simulate:
             simulate(home / "many", api, args.simulate, store, serving)
 
@@ -78,7 +79,7 @@ def table(*rows: tuple[str, ...]) -> None:
 # Wall time of 1, 2 and 3 machines against runs that share nothing
 
 
-def grid(home: Path, api: str, alone: int) -> None:
+def grid(home: Path, api: str, alone: int, machines: list[int]) -> None:
     """Sweep 3 quantizations x 4 finetunings on machines that share a server and a remote."""
     from test_sweep import build
 
@@ -87,8 +88,9 @@ def grid(home: Path, api: str, alone: int) -> None:
     head = "", "seconds", "quantize", "export", "finetune", "evaluate"
     home.mkdir()
     rows = [one_by_one(home, api, alone)]
+    note(rows[0])
     with Azurite(home / "azurite") as azurite:
-        for count in (1, 2, 3):
+        for count in machines:
             folder = home / f"workers-{count}"
             folder.mkdir()
             world = build(folder, azurite, api)
@@ -97,14 +99,23 @@ def grid(home: Path, api: str, alone: int) -> None:
                     stack.enter_context(world.machine(number, sleep=SLEEP))
                 wait_for_workers(folder, count)
                 started = time.perf_counter()
-                world.sweep(
+                process = world.begin(
                     name=f"grid-{count}",
                     space={"quantize.group_size": GROUPS, "finetune.max_steps": STEPS},
                 )
+                errors = process.communicate()[1]
                 seconds = time.perf_counter() - started
+            if process.returncode:
+                sys.exit(errors)
             rows.append((f"a sweep on {count}", f"{seconds:.0f}", *counts(world.ran())))
+            note(rows[-1])
     print(f"stages sleep {SLEEP} s; {alone} of the 12 runs were made alone")
     table(head, *rows)
+
+
+def note(row: tuple[str, ...]) -> None:
+    """Say at once what is known: the table comes after the last row."""
+    print("…", *row, file=sys.stderr, flush=True)
 
 
 def one_by_one(home: Path, api: str, alone: int) -> tuple[str, ...]:

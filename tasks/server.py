@@ -74,8 +74,8 @@ def ui_url(api_url: str) -> str:
     return api_url.removesuffix("/api")
 
 
-def answers(api_url: str, timeout: float = 2.0) -> bool:
-    """Whether a Prefect server answers there, `timeout` in seconds."""
+def answers(api_url: str, timeout: float = 15.0) -> bool:
+    """Whether a Prefect server answers there, `timeout` in seconds: one that is busy takes some."""
     try:
         with urllib.request.urlopen(f"{api_url}/health", timeout=timeout) as reply:
             return reply.read().strip() == b"true"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import signal
 import subprocess
 import time
@@ -18,9 +18,17 @@ import pytest
 import yaml
 from azure.storage.blob import BlobServiceClient
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+)
 from prefect.client.schemas.objects import FlowRun, TaskRun
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling
 from sweeping import GRID, Machine, clone, machine, make, wait_until
 
 from conftest import BIN, sh
@@ -73,8 +81,6 @@ class World:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
@@ -110,8 +116,6 @@ def build(folder: Path, azurite: Azurite, api: str) -> World:
 
 def children(run: str) -> tuple[list[FlowRun], list[TaskRun]]:
     """The candidates' flow runs of a sweep, and the task runs in them and in the sweep."""
-    from prefect.client.schemas.filters import FlowRunFilterId
-
     with get_client(sync_client=True) as client:
         chosen = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run]))
         flows = client.read_flow_runs(flow_run_filter=chosen)
@@ -180,9 +184,7 @@ def test_a_candidate_over_a_limit_is_not_finetuned(world: World) -> None:
     assert result["best"] == 1
 
 
-def test_a_machine_that_is_switched_off_in_mid_stage(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_that_is_switched_off_in_mid_stage(world: World) -> None:
     """Its candidate is made elsewhere, nothing stays Running, and no byte is wrong."""
     with world.machine(0, sleep={"finetune": 600}) as lost, ExitStack() as stack:
         process = world.begin(space={"quantize.bits": [4], "finetune.max_steps": [100, 200]})
@@ -246,6 +248,48 @@ def _state(run: str) -> str | None:
         return client.read_flow_run(run).state_name  # type: ignore[arg-type]
 
 
+def test_a_sweep_cancelled_in_the_ui_ends_with_its_candidates(world: World) -> None:
+    with world.machine(0, sleep={"finetune": 600}) as here:
+        process = world.begin(space={"quantize.bits": [4, 8]})
+        wait_until(lambda: "finetune@travel" in here.stages)
+        run = own_run("grid")
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run.id, Cancelling())
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1 and "cancelled, and its candidates with it" in said
+        wait_until(lambda: not _stage_processes(here))
+        wait_until(lambda: _state(str(run.id)) == "Cancelled")
+    assert_nothing_runs(str(run.id))
+
+
+def test_a_sweep_that_is_killed_takes_its_candidates_with_it(world: World) -> None:
+    """They notice, end themselves, mark it Crashed and cancel what waited."""
+    with world.machine(0, sleep={"finetune": 600}) as here:
+        process = world.begin(space={"quantize.bits": [4, 8]})
+        wait_until(lambda: "finetune@travel" in here.stages)
+        run = own_run("grid")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        wait_until(lambda: _state(str(run.id)) == "Crashed")
+        wait_until(lambda: not _stage_processes(here))
+        flows, _ = children(str(run.id))
+        wait_until(lambda: not any("ning" in str(_state(str(one.id))) for one in flows))
+        assert "Cancelled" in {_state(str(one.id)) for one in flows}
+        assert here.process.poll() is None
+
+
+def own_run(name: str) -> FlowRun:
+    """The flow run of the sweep that runs now."""
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["sweep"])),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=1,
+        )
+    assert found[0].parameters["given"]["name"] == name
+    return found[0]
+
+
 def test_the_server_restarted_in_the_middle(
     tmp_path: Path, azurite: Azurite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,11 +324,9 @@ def test_a_machine_leaves_what_it_cannot_make(world: World) -> None:
         process = world.begin(name="huge", needs={"gpu": True})
         result = world.sweep(space={"quantize.bits": [4]})
         assert result["candidates"][0]["state"] == "met"
-        kept = json.loads((world.project / "sweeps/huge/result.json").read_text()) if (
-            world.project / "sweeps/huge/result.json").exists() else None  # fmt: skip
-        assert kept is None and process.poll() is None
-        log = (world.project.parent / "machine-0.log").read_text()
-        assert "huge-001 is left to others: it needs a GPU" in log
+        assert process.poll() is None and not (world.project / "sweeps/huge").exists()
+        log = world.project.parent / "machine-0.log"
+        wait_until(lambda: "huge-001 is left to others: it needs a GPU" in log.read_text())
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert here.stages.count("quantize") == 1
@@ -299,4 +341,3 @@ def test_one_command_without_a_worker(tmp_path: Path, api: str) -> None:
     assert "1 worker started here" in said and "best is candidate 2" in said
     assert "olivepress adopt grid" in said
     assert len(ran.read_text().splitlines()) == 10
-    shutil.rmtree(project / ".dvc/cache/runs", ignore_errors=True)

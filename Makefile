@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test ui down clean lint lock azure-up azure-down
+.PHONY: install demo test test-long ui down clean lint lock azure-up azure-down
 
 install: $(INSTALLED)  ## the virtual environment, from the lock
 
@@ -16,8 +16,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: install  ## the whole pipeline on the built-in model, then one question with and without the adapter
 	@$(BIN)/olivepress demo
 
-test: install  ## everything
+test: install  ## everything but what takes minutes
 	$(BIN)/pytest
+
+test-long: install  ## that too: sweeps in bad weather
+	$(BIN)/pytest -m long
 
 ui: install  ## start the Prefect server and say where its pages are
 	@$(BIN)/olivepress ui
@@ -26,7 +29,7 @@ down:  ## stop what was started in the background
 	@if [ -x $(BIN)/olivepress ]; then $(BIN)/olivepress down; fi
 
 clean: down  ## remove what was made; the environment and DVC's cache stay
-	rm -rf models metrics plots report data/prepared .prefect .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf models metrics plots report sweeps data/prepared .prefect .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
 lint: install  ## style, formatting and types
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ from tasks.terminal import terminal
 
 LOOK_SECONDS = 2.0
 AT_ONCE = 200  # candidates that wait or run: a look asks the server for each
+CANCEL_SECONDS = 60.0  # for workers to end the processes of what was cancelled
 WRITE_SECONDS = 5.0  # between writings of result.json
 START = timedelta(seconds=120)  # for a worker to start a candidate's process
 QUIET_SECONDS = 60.0  # a worker polls every few seconds
@@ -252,6 +253,15 @@ class Crew:
             results.write(self.root, self.result)
 
     def cancel(self, client: SyncPrefectClient) -> None:
-        """Stop what is under way, and mark what waits for it."""
-        runs.cancel_children(client, UUID(self.result.run))
-        runs.end_tasks(client, UUID(self.result.run))
+        """Stop what is under way, and mark what it leaves: nobody else will."""
+        own = UUID(self.result.run)
+        runs.cancel_children(client, own)
+        deadline = time.monotonic() + CANCEL_SECONDS
+        found = runs.children(client, own)
+        while time.monotonic() < deadline and not all(map(runs.ended, found)):
+            time.sleep(1)
+            found = runs.children(client, own)
+        for run in found:
+            if run.state and not run.state.is_completed():
+                runs.end_tasks(client, run.id)
+        runs.end_tasks(client, own)

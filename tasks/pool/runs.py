@@ -41,10 +41,14 @@ def children(client: SyncPrefectClient, run: UUID) -> list[FlowRun]:
     return found
 
 
+def ended(run: FlowRun) -> bool:
+    return bool(run.state and run.state.is_final())
+
+
 def cancel_children(client: SyncPrefectClient, run: UUID) -> None:
     """Cancel what a run has begun: workers end the processes of a run that is Cancelling."""
     for child in children(client, run):
-        if child.state and not child.state.is_final():
+        if child.state and not ended(child):
             begun = child.state.is_running() or child.state.is_pending()
             to: State = Cancelling() if begun else Cancelled()
             client.set_flow_run_state(child.id, to)
@@ -66,7 +70,7 @@ def end_tasks(client: SyncPrefectClient, run: UUID) -> None:
 def abandon(client: SyncPrefectClient, run: UUID) -> None:
     """Mark a run that has lost its machine, and cancel what it has begun."""
     found = find(client, [run])
-    if found and found[0].state and not found[0].state.is_final():
+    if found and not ended(found[0]):
         crash(client, run, "its machine was lost")
     cancel_children(client, run)
 

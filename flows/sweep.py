@@ -60,6 +60,7 @@ def sweep(
         return Cancelled(message="cancelled, and its candidates with it")
     except UserError as error:
         return Failed(message=str(error))
+    terminal.show(sweep_page.table(crew.result))
     best = crew.result.best()
     if best is None:
         return Failed(message=why_none(crew.result))

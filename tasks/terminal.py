@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.status import Status
 
 STYLES = {
@@ -56,6 +56,13 @@ class Terminal:
         with self._lock:
             if not self.quiet:
                 self.console.print(text, markup=False, style="dim")
+
+    def show(self, table: RenderableType) -> None:
+        """Print a table, after an empty line."""
+        with self._lock:
+            if not self.quiet:
+                self.console.print()
+                self.console.print(table)
 
     def _refresh(self) -> None:
         if self.quiet or not self.console.is_terminal:

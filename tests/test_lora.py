@@ -1,7 +1,9 @@
 """LoRA over quantized linears: the right function, the right loss, the same bytes."""
 
 import json
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -227,7 +229,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["finetune", "--adapter", "travel"])
     monkeypatch.setattr(stage, "die_with_parent", lambda: None)
     with small_disk(project / "models/adapters", "64k") as disk:
-        with pytest.raises(SystemExit) as ended:
+        with mock.patch.dict(os.environ), pytest.raises(SystemExit) as ended:
             stage.run(stage_finetune.main, "finetune")
         assert ended.value.code == "finetune: no space left on the disk: while writing"
         assert list(disk.iterdir()) == []

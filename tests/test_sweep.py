@@ -184,6 +184,7 @@ def test_a_candidate_over_a_limit_is_not_finetuned(world: World) -> None:
     assert result["best"] == 1
 
 
+@pytest.mark.long
 def test_a_machine_that_is_switched_off_in_mid_stage(world: World) -> None:
     """Its candidate is made elsewhere, nothing stays Running, and no byte is wrong."""
     with world.machine(0, sleep={"finetune": 600}) as lost, ExitStack() as stack:

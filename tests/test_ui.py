@@ -109,8 +109,8 @@ def test_the_run_its_graph_and_its_states(
     assert drawn == bridge.graph(lab)
     assert {node["state_type"] for node in nodes.values()} == {"COMPLETED"}
     browser.get(url)
-    wait_for(browser, "Completed", "Task Runs", "Artifacts", "9 Task runs")
-    wait_for_bars(browser, 6)  # of nine: two that touch count as one
+    wait_for(browser, "Completed", "Task Runs", "Artifacts", f"{len(STAGES)} Task runs")
+    wait_for_bars(browser, 6)  # of ten: two that touch count as one
     for tab, words in {
         "Task Runs": [*STAGES, "Completed"],
         "Artifacts": ["summary", "stages"],

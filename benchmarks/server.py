@@ -206,7 +206,11 @@ def cpu_seconds(process: psutil.Process | None) -> float:
     """Of a process and its children; those that have ended are in their parent's sum."""
     if process is None:
         return 0.0
-    return sum(sum(one.cpu_times()[:4]) for one in [process, *process.children(recursive=True)])
+    total = 0.0
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # PostgreSQL's come and go
+            total += sum(one.cpu_times()[:4])
+    return total
 
 
 if __name__ == "__main__":

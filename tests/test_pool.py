@@ -32,7 +32,7 @@ from tasks.pool.workspace import workspace
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pulses so quick that a test sees one stop."""
     monkeypatch.setattr(claims, "PULSE_SECONDS", 0.2)
-    monkeypatch.setattr(claims, "DEAD_SECONDS", 2.0)
+    monkeypatch.setattr(claims, "DEAD_SECONDS", 5.0)
     monkeypatch.setattr(claims, "WAIT_SECONDS", 0.2)
 
 
@@ -57,7 +57,7 @@ def test_the_second_waits_for_the_first() -> None:
         with Claims(first, "a").held(key, print):
             thread = threading.Thread(target=copy_context().run, args=(other,))
             thread.start()
-            time.sleep(4)  # twice what a dead holder is given
+            time.sleep(7)  # more than a dead holder is given
             order.append("first is done")
         thread.join(30)
     assert order == ["waits for a", "first is done", "second has it"]
@@ -101,6 +101,7 @@ def test_a_pulse_that_was_taken_away_tells_its_run() -> None:
 def test_time_without_a_server_is_not_held_against_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A look stands for ten seconds at most, however long ago the one before was."""
     monkeypatch.setattr(claims, "LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(claims, "DEAD_SECONDS", 2.0)
     watch, run = Watch(), str(uuid4())
     with get_client(sync_client=True) as client:
         assert watch.alive(client, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -230,6 +231,12 @@ def inline(svg: str, about: About) -> str:
 
 def finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def markdown(pictures: Sequence[Picture]) -> str:
+    """The pictures themselves as Markdown, for an artifact of a run."""
+    data = [(one.about.title, base64.b64encode(one.png).decode()) for one in pictures]
+    return "\n\n".join(f"![{title}](data:image/png;base64,{png})" for title, png in data)
 
 
 def write(pictures: Sequence[Picture], folder: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,7 +130,7 @@ def publish_report(root: Path) -> None:
     """
     from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-    from flows import report
+    from flows import pictures, report
 
     written = report.write(root, root / report.FOLDER)
     create_link_artifact(
@@ -141,12 +140,9 @@ def publish_report(root: Path) -> None:
         description="A file on the machine of this run: copy the path into a browser there",
     )
     shown = [picture for picture in written.pictures if picture.about.name.startswith("perplexity")]
-    images = [f"![{p.about.title}](data:image/png;base64,{_base64(p.png)})" for p in shown]
-    create_markdown_artifact("\n\n".join(images), key="pictures", description="From the report")
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    create_markdown_artifact(
+        pictures.markdown(shown), key="pictures", description="From the report"
+    )
 
 
 def markdown(rows: list[Row], found: dict[str, dict[str, Any]]) -> str:

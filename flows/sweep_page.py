@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +132,10 @@ def publish(root: Path, result: Result) -> Path:
         for one in result.candidates
     ]
     create_table_artifact(rows, key="candidates", description="Every candidate of the sweep")
-    images = [
-        f"![{p.about.title}](data:image/png;base64,{base64.b64encode(p.png).decode()})"
-        for p in drawn
-    ]
-    if images:
-        create_markdown_artifact("\n\n".join(images), key="pareto", description="The objectives")
+    if drawn:
+        create_markdown_artifact(
+            pictures.markdown(drawn), key="pareto", description="The objectives"
+        )
     create_link_artifact(
         path.as_uri(),
         str(path),

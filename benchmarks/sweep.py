@@ -35,7 +35,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 from benchmarks.server import Store, cpu_seconds, database, server  # noqa: E402
 
-SLEEP = {"quantize": 4.0, "measure": 1.0, "export": 1.0, "finetune": 5.0, "evaluate": 2.0}
+SLEEP = {"quantize": 12.0, "measure": 2.0, "export": 4.0, "finetune": 15.0, "evaluate": 5.0}
 GROUPS, STEPS = [32, 64, 128], [100, 200, 300, 400]
 SAMPLE_SECONDS = 3.0
 MANY = 10_000  # candidates that the growth is extended to

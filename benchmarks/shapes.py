@@ -1,194 +1,151 @@
-"""Random models of Phi-3's architecture up to Phi-3.5-mini's shape, for measuring time and memory.
+"""Phi-3 models of any size with random weights: the shape is real, the text is not.
 
-They are written tensor by tensor, so that the machine needs room for the largest one only.
-
-    python benchmarks/shapes.py quantized 3.8 FOLDER
+Weights are written a layer at a time, so a model is never in memory as a whole.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, Phi3Config
+from transformers import Phi3Config
 
-from stages import builtin
+from stages.builtin import train_tokenizer
 from stages.rows import read_rows
 
-HEAD_SIZE = 96
-SHAPES = {  # hidden, intermediate, layers: 0.106, 0.495, 1.008 and 3.821e9 weights
-    "0.1": (768, 2048, 8),
-    "0.5": (1536, 4096, 14),
-    "1": (1920, 5120, 20),
-    "3.8": (3072, 8192, 32),
+# hidden_size, intermediate_size, layers, heads; 3.8 is Phi-3.5-mini-instruct (3.82 B parameters).
+SIZES = {
+    "0.1": (768, 2048, 8, 12),
+    "0.5": (1536, 4096, 14, 16),
+    "1": (2048, 5632, 17, 16),
+    "3.8": (3072, 8192, 32, 32),
 }
-BITS, GROUP_SIZE = 4, 128
-WEIGHT_STD = 0.02  # as the library initializes them
-SHARD_BYTES = 5_000_000_000
-DTYPES = {torch.bfloat16: "BF16", torch.uint8: "U8"}  # safetensors' names
-TEXT = Path(__file__).parents[1] / "data/everyday.jsonl"
-
-Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+VOCABULARY = 32064
+STD = 0.02
+GROUP_SIZE = 128
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TEXT = Path(__file__).resolve().parents[1] / "data/everyday.jsonl"
 
 
-def shape(billions: str) -> dict[str, Any]:
-    """The arguments of Phi3Config for a size in `SHAPES`; "3.8" is Phi-3.5-mini's."""
-    hidden, intermediate, layers = SHAPES[billions]
-    return {
-        "vocab_size": 32064,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // HEAD_SIZE,
-        "num_key_value_heads": hidden // HEAD_SIZE,
-        "max_position_embeddings": 131072,
-        "original_max_position_embeddings": 4096,
-        "rope_parameters": {
+def config(size: str) -> Phi3Config:
+    """Phi-3.5-mini's configuration with other widths and depths."""
+    hidden, intermediate, layers, heads = SIZES[size]
+    factors = [1.0 + 0.5 * i for i in range(hidden // heads // 2)]
+    return Phi3Config(
+        architectures=["Phi3ForCausalLM"],
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_parameters={
             "rope_type": "longrope",
             "rope_theta": 10000.0,
-            "short_factor": [1 + i / 48 for i in range(HEAD_SIZE // 2)],
-            "long_factor": [1 + i * 4 / 3 for i in range(HEAD_SIZE // 2)],
+            "short_factor": [1.0] * len(factors),
+            "long_factor": factors,
             "original_max_position_embeddings": 4096,
         },
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 3,
-        "pad_token_id": 3,
-        "dtype": "bfloat16",
-    }
+        sliding_window=262144,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
 
 
-def float_model(folder: Path, size: str, seed: int = 0) -> Path:
-    """Write a random bfloat16 checkpoint with its tokenizer, in shards of up to 5 GB."""
-    config, shapes = prepare(folder, size)
-    config.save_pretrained(folder)
-    tensors = {name: (torch.bfloat16, dims) for name, dims in shapes.items()}
-    write(folder, tensors, float_values, seed)
-    return folder
+def parameters(size: str) -> int:
+    """Weights of a model, embeddings and head among them."""
+    hidden, intermediate, layers, _ = SIZES[size]
+    return layers * (4 * hidden**2 + 3 * hidden * intermediate) + 2 * VOCABULARY * hidden
 
 
-def quantized_model(folder: Path, size: str, seed: int = 0) -> Path:
-    """Write a random checkpoint as Olive's quantizers do: 4 bits, groups of 128, asymmetric.
-
-    Its linears are uniform in 16 steps around 0, with the float model's standard deviation.
-    """
-    config, shapes = prepare(folder, size)
-    config.quantization_config = {
-        "bits": BITS,
-        "embeds": False,
-        "group_size": GROUP_SIZE,
-        "lm_head": False,
-        "modules_to_not_convert": None,
-        "overrides": None,
-        "quant_method": "olive",
-        "symmetric": False,
-        "tie_word_embeddings": False,
-    }
-    config.save_pretrained(folder)
-    tensors: Tensors = {}
-    for name, dims in shapes.items():
-        if "_proj." in name:
-            rows, groups = dims[0], dims[1] // GROUP_SIZE
-            prefix = name.removesuffix("weight")
-            tensors[f"{prefix}qweight"] = (torch.uint8, (rows, dims[1] * BITS // 8))
-            tensors[f"{prefix}qzeros"] = (torch.uint8, (rows, -(-groups * BITS // 8)))
-            tensors[f"{prefix}scales"] = (torch.bfloat16, (rows, groups))
-        else:
-            tensors[name] = (torch.bfloat16, dims)
-    write(folder, tensors, quantized_values, seed)
-    return folder
+def float_model(folder: Path, size: str, seed: int = 0) -> None:
+    """Write a bfloat16 model to `folder`."""
+    write(folder, size, seed, quantized=False)
 
 
-def prepare(folder: Path, size: str) -> tuple[Phi3Config, dict[str, tuple[int, ...]]]:
-    """Write the tokenizer; return the configuration and the shapes of the float weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(TEXT)
-    tokenizer = builtin.train_tokenizer(text for row in rows for text in (row.prompt, row.response))
-    tokenizer.save_pretrained(folder)
-    config = Phi3Config(**shape(size), architectures=["Phi3ForCausalLM"])
-    GenerationConfig(bos_token_id=1, eos_token_id=[3, 5], pad_token_id=3).save_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return config, {name: tuple(w.shape) for name, w in sorted(model.state_dict().items())}
+def quantized_model(folder: Path, size: str, seed: int = 0) -> None:
+    """Write a model as `quantize` would: 4 bits, groups of 128, zero points, the rest bfloat16."""
+    write(folder, size, seed, quantized=True)
 
 
-def float_values(name: str, dtype: torch.dtype, dims: tuple[int, ...]) -> Tensor:
-    if len(dims) == 1:
-        return torch.ones(dims, dtype=dtype)
-    return torch.empty(dims).normal_(0, WEIGHT_STD).to(dtype)
-
-
-def quantized_values(name: str, dtype: torch.dtype, dims: tuple[int, ...]) -> Tensor:
-    if name.endswith("qweight"):
-        return torch.randint(256, dims, dtype=dtype)
-    if name.endswith("qzeros"):
-        return torch.full(dims, 0x88, dtype=dtype)
-    if name.endswith("scales"):  # 0 to 15 have a standard deviation of 4.61
-        return (torch.rand(dims).add_(0.5) * (WEIGHT_STD / 4.61)).to(dtype)
-    return float_values(name, dtype, dims)
-
-
-def write(
-    folder: Path,
-    tensors: Tensors,
-    values: Callable[[str, torch.dtype, tuple[int, ...]], Tensor],
-    seed: int,
-) -> None:
-    """Write model.safetensors, or shards of up to SHARD_BYTES and their index."""
+def write(folder: Path, size: str, seed: int, quantized: bool) -> None:
+    folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    parts = list(shards(tensors))
-    index = {}
-    for number, part in enumerate(parts, 1):
-        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        name = name if len(parts) > 1 else "model.safetensors"
-        index |= dict.fromkeys(part, name)
-        with (folder / name).open("wb") as file:
-            write_header(file, part)
-            for key, (dtype, dims) in part.items():
-                file.write(values(key, dtype, dims).view(torch.uint8).numpy().data)
-    if len(parts) > 1:
-        total = sum(map(nbytes, tensors.values()))
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(text)
+    made = config(size)
+    saved: dict[str, Any] = made.to_dict()
+    if quantized:
+        saved["quantization_config"] = {
+            "quant_method": "olive",
+            "bits": 4,
+            "group_size": GROUP_SIZE,
+            "symmetric": False,
+            "lm_head": False,
+            "embeds": False,
+            "modules_to_not_convert": None,
+            "overrides": None,
+            "tie_word_embeddings": False,
+        }
+    (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+    places: dict[str, str] = {}
+    for number, tensors in enumerate(shards(made, quantized)):
+        name = f"model-{number:05}.safetensors"
+        places |= dict.fromkeys(tensors, name)
+        save_file(tensors, folder / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    rows = read_rows(TEXT)
+    train_tokenizer(text for row in rows for text in (row.prompt, row.response)).save_pretrained(
+        folder
+    )
 
 
-def nbytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    return spec[0].itemsize * torch.Size(spec[1]).numel()
+def shards(made: Phi3Config, quantized: bool) -> Iterator[dict[str, Tensor]]:
+    """The embeddings and the head; then layer after layer."""
+    hidden, wide = made.hidden_size, made.intermediate_size
+    yield {
+        "model.embed_tokens.weight": weights(VOCABULARY, hidden),
+        "lm_head.weight": weights(VOCABULARY, hidden),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+    }
+    linears = {
+        "self_attn.qkv_proj": (3 * hidden, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_up_proj": (2 * wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }
+    for layer in range(made.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {
+            f"{prefix}{norm}.weight": torch.ones(hidden, dtype=torch.bfloat16)
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        for name, (rows, columns) in linears.items():
+            if quantized:
+                parts = packed(rows, columns)
+                tensors |= {f"{prefix}{name}.{part}": tensor for part, tensor in parts.items()}
+            else:
+                tensors[f"{prefix}{name}.weight"] = weights(rows, columns)
+        yield tensors
 
 
-def shards(tensors: Tensors) -> Iterator[Tensors]:
-    part: Tensors = {}
-    for name, spec in tensors.items():
-        if part and sum(map(nbytes, part.values())) + nbytes(spec) > SHARD_BYTES:
-            yield part
-            part = {}
-        part[name] = spec
-    yield part
+def weights(rows: int, columns: int) -> Tensor:
+    """Normal, (rows, columns) bfloat16."""
+    return (torch.randn(rows, columns, device=DEVICE) * STD).bfloat16().cpu()
 
 
-def write_header(file: BinaryIO, tensors: Tensors) -> None:
-    """The header of the safetensors format: its length, then JSON with the place of each tensor."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, (dtype, dims) in tensors.items():
-        end = start + nbytes((dtype, dims))
-        header[name] = {"dtype": DTYPES[dtype], "shape": dims, "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kind", choices=["float", "quantized"])
-    parser.add_argument("size", choices=SHAPES, help="1e9 weights")
-    parser.add_argument("folder", type=Path)
-    args = parser.parse_args()
-    {"float": float_model, "quantized": quantized_model}[args.kind](args.folder, args.size)
+def packed(rows: int, columns: int) -> dict[str, Tensor]:
+    """Random codes with the scales that give them the spread of `weights`."""
+    groups = columns // GROUP_SIZE
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=DEVICE)
+    return {
+        "qweight": codes.cpu(),
+        "scales": torch.full((rows, groups), STD / 4.6, dtype=torch.bfloat16),
+        "qzeros": torch.full((rows, (groups + 1) // 2), 0x88, dtype=torch.uint8),
+    }

@@ -144,9 +144,10 @@ def in_order(
     began: dict[str, float] = {}
     finished: queue.Queue[str] = queue.Queue()
     ready: list[str] = []
-    running, go_on, rank = 0, True, list(graph)
+    running, go_on = 0, True
+    rank = {stage: place for place, stage in enumerate(graph)}
     while order.is_active():
-        ready += sorted(order.get_ready(), key=rank.index)  # as dvc.yaml has them
+        ready += sorted(order.get_ready(), key=rank.__getitem__)  # as dvc.yaml has them
         while ready and running < concurrency and go_on:
             stage = ready.pop(0)
             began[stage] = time.monotonic()

@@ -1,10 +1,10 @@
 """The one module that talks to DVC: what a stage needs, making it so, and what made a file.
 
 DVC decides what is stale and does the work; this module asks it stage by stage, and has it run
-commands through `tasks.command`. `tasks.need` and `tasks.store` are parts of it. DVC also reads the
-working directory: be in the project's folder. Only `dvc.api` and the command line are public in
-DVC, so every private name that is used is imported in these three; tests/test_bridge.py and
-tests/test_store.py pin them.
+commands through `tasks.command`. `tasks.pipeline`, `tasks.need` and `tasks.store` are parts of it.
+DVC also reads the working directory: be in the project's folder. Only `dvc.api` and the command
+line are public in DVC, so every private name that is used is imported in these four;
+tests/test_bridge.py and tests/test_store.py pin them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import re
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import dvc.stage.run
-import networkx as nx
-from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.exceptions import NotDvcRepoError
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
@@ -30,9 +29,10 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
 
 from stages.errors import UserError
-from tasks import store
+from tasks import pipeline, store
 from tasks.command import Job
-from tasks.need import Action, Inputs, Need, inputs_of, need_of, outdated
+from tasks.need import Action, Inputs, Need, inputs_of, need_of, outdated, unchanged
+from tasks.pipeline import opened, read, stages
 from tasks.pool import gpu
 
 for _name in ("dvc", "dvc_data"):
@@ -102,53 +102,14 @@ def find_root(start: Path | None = None) -> Path:
         ) from None
 
 
-@contextlib.contextmanager
-def _opened(root: Path) -> Iterator[Repo]:
-    """A repo of its own for each thread and call: one shared `Repo` breaks across threads."""
-    try:
-        with contextlib.closing(Repo(str(root), _wait_for_lock=True)) as repo:
-            yield repo
-    except DvcException as error:
-        raise UserError(_words(error)) from error
-
-
-def _words(error: BaseException) -> str:
-    """The messages of an exception and what caused it, innermost last."""
-    parts: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        if str(cause) and str(cause) not in parts:
-            parts.append(str(cause))
-        cause = cause.__cause__
-    return ": ".join(parts)
-
-
-def _pipeline(repo: Repo) -> list[PipelineStage]:
-    return list(filter(_is_ours, store.patiently(lambda: repo.index.stages)))
-
-
-def _is_ours(stage: Any) -> bool:
-    """Whether a stage is of the project's dvc.yaml: not a `.dvc` file, not a nested pipeline."""
-    return isinstance(stage, PipelineStage) and stage.path_in_repo == "dvc.yaml"
-
-
 def graph(root: Path) -> dict[str, set[str]]:
     """Every stage of dvc.yaml with the stages it directly depends on, upstream first.
 
     Raises:
         UserError: dvc.yaml is not valid, or names a parameter that params.yaml lacks.
     """
-    with _opened(root) as repo:
-        return _graph(repo)
-
-
-def _graph(repo: Repo) -> dict[str, set[str]]:
-    """Direct dependencies only: one that follows from others (a → b → c, so a → c) is left out."""
-    _pipeline(repo)
-    whole = repo.index.graph  # edges point from a stage to what it depends on
-    ours = nx.transitive_reduction(whole.subgraph(filter(_is_ours, whole)))
-    order = nx.dfs_postorder_nodes(ours)
-    return {stage.name: {up.name for up in ours.successors(stage)} for stage in order}
+    with opened(root) as repo:
+        return pipeline.graph(repo)
 
 
 def begin(root: Path) -> tuple[dict[str, set[str]], list[str]]:
@@ -160,9 +121,9 @@ def begin(root: Path) -> tuple[dict[str, set[str]], list[str]]:
     Raises:
         UserError: as `graph`.
     """
-    with _opened(root) as repo:
-        order = _graph(repo)
-        return order, [*store.remove_leftovers(repo), *store.remove_gone(repo, order)]
+    with read(root, anew=True) as now:
+        order = pipeline.graph(now.repo)
+        return order, [*store.remove_leftovers(now.repo), *store.remove_gone(now.repo, order)]
 
 
 def settings(root: Path) -> tuple[dict[str, Any], Path]:
@@ -171,32 +132,30 @@ def settings(root: Path) -> tuple[dict[str, Any], Path]:
     Raises:
         UserError: one of its files is not valid.
     """
-    with _opened(root) as repo:
+    with opened(root) as repo:
         return repo.config, Path(repo.cache.local_cache_dir)
 
 
 def sources(root: Path, names: list[str]) -> set[str]:
     """DVC's names of what makes the inputs of stages: other stages and `.dvc` files."""
-    with _opened(root) as repo:
-        stages = [_stage(repo, name) for name in names if not name.endswith(".dvc")]
-        return {made for stage in stages for made in inputs_of(stage).made}
+    with opened(root) as repo:
+        ours = stages(repo)
+        wanted = [ours[name] for name in names if not name.endswith(".dvc")]
+        return {made for stage in wanted for made in inputs_of(stage).made}
 
 
 def status(root: Path) -> dict[str, Need]:
     """What each stage needs, upstream first. A stage below a stale one waits for it."""
     needs: dict[str, Need] = {}
-    with _opened(root) as repo:
-        for name, above in _graph(repo).items():
-            need = need_of(_stage(repo, name))
+    with opened(root) as repo:
+        ours = stages(repo)
+        for name, above in pipeline.graph(repo).items():
+            need = need_of(ours[name])
             stale = [up for up in above if needs[up].action != "unchanged"]
             if need.action == "unchanged" and stale:
                 need = Need("run", [f"waits for {', '.join(sorted(stale))}"])
             needs[name] = need
     return needs
-
-
-def _stage(repo: Repo, name: str) -> PipelineStage:
-    return next(stage for stage in _pipeline(repo) if stage.name == name)
 
 
 def reproduce(
@@ -226,19 +185,17 @@ def reproduce(
     started = time.monotonic()
     job = _here.job = Job(on_line, limit_seconds, env or {}, turn=gpu.turn(name))
     try:
-        with job.at_work(), _opened(root) as repo:
-            reasons = _bring_up_to_date(repo, name, job, elsewhere, flight)
-            stage = _stage(repo, name)
-            where = elsewhere.ran_on if elsewhere else None
-            return Outcome(
-                stage=name,
-                action="run" if job.process or where else "restore" if reasons else "unchanged",
-                reasons=reasons,
-                seconds=time.monotonic() - started,
-                key=_get_stage_hash(stage) if stage.deps and stage.outs else None,
-                outs=[str(out) for out in stage.outs],
-                where=where,
-            )
+        with job.at_work():
+            with read(root) as now:
+                if unchanged(now.stages[name]):
+                    return _outcome(now.stages[name], "unchanged", [], started)
+            with opened(root) as repo:
+                reasons = _bring_up_to_date(repo, name, job, elsewhere, flight)
+                where = elsewhere.ran_on if elsewhere else None
+                action: Action = (
+                    "run" if job.process or where else "restore" if reasons else "unchanged"
+                )
+                return _outcome(stages(repo)[name], action, reasons, started, where)
     except UserError as error:
         _put_back(root, name)
         raise StageFailed(job.last_words(name) or f"{name}: {error}") from None
@@ -246,11 +203,29 @@ def reproduce(
         _here.job = None
 
 
+def _outcome(
+    stage: PipelineStage,
+    action: Action,
+    reasons: list[str],
+    started: float,
+    where: str | None = None,
+) -> Outcome:
+    return Outcome(
+        stage=stage.name,
+        action=action,
+        reasons=reasons,
+        seconds=time.monotonic() - started,
+        key=_get_stage_hash(stage) if stage.deps and stage.outs else None,
+        outs=[str(out) for out in stage.outs],
+        where=where,
+    )
+
+
 def _bring_up_to_date(
     repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None, flight: Flight | None
 ) -> list[str]:
     """Have DVC do what a stage needs; return why, which is nothing when it was up to date."""
-    stage = _stage(repo, name)
+    stage = stages(repo)[name]
     need = need_of(stage)
     if need.action == "unchanged":
         return []
@@ -275,13 +250,13 @@ def _key_now(stage: PipelineStage) -> str | None:
 
 def _do(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[str]:
     """Restore a stage or run it; return why what was restored could not be used."""
-    stage = _stage(repo, name)
+    stage = stages(repo)[name]
     if elsewhere and need_of(stage).action == "run":
         _bring(repo, name, elsewhere)
     repo.reproduce(targets=[name], single_item=True, force=outdated(stage))
     if job.process:
         return []
-    unfit = _unfit(_stage(repo, name))
+    unfit = _unfit(stages(repo)[name])
     if unfit:
         if elsewhere:
             _bring(repo, name, elsewhere)
@@ -295,13 +270,13 @@ def _bring(repo: Repo, name: str, elsewhere: Elsewhere) -> None:
     Raises:
         UserError: DVC cannot, so it would run the stage here.
     """
-    stage = _stage(repo, name)
+    stage = stages(repo)[name]
     key = _key_now(stage)
     if not key:
         raise UserError("only a stage with dependencies and outputs in the project can run there")
     elsewhere.bring(key, inputs_of(stage))
     repo._reset()  # what it read of dvc.lock and of files is old
-    if need_of(_stage(repo, name)).action == "run":
+    if need_of(stages(repo)[name]).action == "run":
         raise UserError("what it reads was changed here while it ran there; run it again")
 
 
@@ -321,8 +296,8 @@ def _put_back(root: Path, name: str) -> None:
 
     But for the metrics and plots of the stage that failed, which say why.
     """
-    with contextlib.suppress(UserError, OSError), _opened(root) as repo:
-        for out in _stage(repo, name).outs:
+    with contextlib.suppress(UserError, OSError), opened(root) as repo:
+        for out in stages(repo)[name].outs:
             if not out.hash_info or (out.exists and (out.metric or out.plot)):
                 continue
             repo.checkout(targets=[out.fs_path], force=True, allow_missing=True)
@@ -359,9 +334,9 @@ class Made:
 
 def made(root: Path) -> list[Made]:
     """Every stage that has been run, upstream first."""
-    with _opened(root) as repo:
-        order = list(_graph(repo))
-        done = [s for s in _pipeline(repo) if s.outs and all(out.hash_info for out in s.outs)]
+    with opened(root) as repo:
+        ours = stages(repo)
+        upstream_first = [ours[name] for name in pipeline.graph(repo)]
         return [
             Made(
                 stage.name,
@@ -369,5 +344,6 @@ def made(root: Path) -> list[Made]:
                 to_single_stage_lockfile(stage),
                 [path for out in stage.outs for path in store.changed_files(out)],
             )
-            for stage in sorted(done, key=lambda stage: order.index(stage.name))
+            for stage in upstream_first
+            if stage.outs and all(out.hash_info for out in stage.outs)
         ]

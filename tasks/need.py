@@ -61,6 +61,11 @@ def need_of(stage: PipelineStage) -> Need:
     return Need("restore" if _restorable(stage) else "run", reasons)
 
 
+def unchanged(stage: PipelineStage) -> bool:
+    """Whether a stage needs nothing; as `need_of`, but the stage is left as it was read."""
+    return not outdated(stage) and not _reasons(stage)
+
+
 def outdated(stage: PipelineStage) -> bool:
     """Whether the toolchain stage recorded other versions than those installed."""
     path = Path(stage.repo.root_dir) / TOOLCHAIN

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -22,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# Python's last collection looks at all that was imported: 0.2 s of a status, 0.4 s of a run.
+atexit.register(gc.freeze)
 MARKS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 

@@ -48,6 +48,7 @@ def config(size: str) -> Phi3Config:
         original_max_position_embeddings=4096,
         rope_parameters={
             "rope_type": "longrope",
+            "type": "longrope",  # as published; onnxruntime-genai reads this one
             "rope_theta": 10000.0,
             "short_factor": [1.0] * len(factors),
             "long_factor": factors,

@@ -89,11 +89,12 @@ def run_stages(
         go_on: asked after each stage that ended well whether to begin others.
     """
     settings = values.run
+    one = run_stage.with_options(retries=settings.retries)
 
     def start(stage: str, upstream: list[PrefectFuture]) -> PrefectFuture:
         limit = settings.time_limits.get(stage, settings.time_limit_minutes) * 60
-        named = run_stage.with_options(retries=settings.retries)
-        return named.submit(stage, root, limit, flight, wait_for=upstream)  # type: ignore[call-overload]
+        azure = values.azure if values.machine(stage) == "azureml" else None
+        return one.submit(stage, root, limit, azure, flight, wait_for=upstream)  # type: ignore[call-overload]
 
     rows: list[summary.Row] = []
 

@@ -58,13 +58,20 @@ class Progress:
 # DVC decides what is stale, so Prefect's own cache is off: a record of an earlier run says nothing
 # about what is on disk. The state carries DVC's stage key as its cache key all the same.
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, log_prints=False)
-def run_stage(name: str, root: Path, limit_seconds: float, flight: Flight | None = None) -> State:
+def run_stage(
+    name: str,
+    root: Path,
+    limit_seconds: float,
+    azure: params.Azure | None = None,
+    flight: Flight | None = None,
+) -> State:
     """Bring one stage up to date.
 
     Args:
         name: the stage.
         root: the project's folder.
         limit_seconds: its command is killed after so long.
+        azure: where its command is run; None for this machine.
         flight: of the flow run, when other machines may want the same stage.
 
     Returns:
@@ -82,11 +89,8 @@ def run_stage(name: str, root: Path, limit_seconds: float, flight: Flight | None
             logger.info(line)
 
     env = {"OLIVEPRESS_RUN_ID": str(runtime.flow_run.id or "")}
-    elsewhere = None
     try:
-        values = params.load(root / "params.yaml")
-        if values.machine(name) == "azureml":
-            elsewhere = Cluster(root, name, values.azure, on_line, limit_seconds, env)
+        elsewhere = Cluster(root, name, azure, on_line, limit_seconds, env) if azure else None
         outcome = bridge.reproduce(
             root, name, on_line, limit_seconds, env, elsewhere=elsewhere, flight=flight
         )

@@ -111,6 +111,23 @@ def test_dvc_repro_and_the_bridge_agree(toy: Path) -> None:
     assert "up to date" in sh("dvc", "status", cwd=toy).stdout
 
 
+def test_what_others_change_between_two_looks_is_seen(toy: Path) -> None:
+    """The bridge reads DVC's files again only when one has changed."""
+    run(toy)
+    run(toy, "each@travel")
+    assert run(toy).action == "unchanged"
+    (toy / "in.txt").write_text("new\n")
+    sh("dvc", "repro", cwd=toy)  # writes dvc.lock
+    assert run(toy).action == run(toy, "each@travel").action == "unchanged"
+    text = (toy / "dvc.yaml").read_text()
+    (toy / "dvc.yaml").write_text(text.replace("python first.py", "python -B first.py"))
+    assert run(toy).reasons == ["command or outputs changed"]
+    values = (toy / "params.yaml").read_text()
+    assert "  travel:" in values
+    (toy / "params.yaml").write_text(values.replace("  travel:", "  food:"))
+    assert run(toy, "each@food").action == "run"
+
+
 def test_key_is_the_name_of_dvcs_own_run_cache_entry(toy: Path) -> None:
     key = run(toy).key
     assert key is not None and len(key) == 64

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from olive.common.hf.wrapper import ModelWrapper
 from olive.common.quant.nn import QuantLinear
 from olive.hardware.accelerator import AcceleratorSpec
 from olive.model import HfModelHandler
@@ -26,6 +27,8 @@ from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from passes.packed import dequantize, packed_linear
+
 IGNORE_INDEX = -100
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -37,7 +40,8 @@ class Diverged(ArithmeticError):
 class LoraQuantLinear(nn.Module, LoraLayer):
     """y = W x + b + (alpha / r) B A dropout(x), where W is quantized and frozen.
 
-    `QuantLinear.forward` unpacks W without a gradient, so one flows to x, A and B only.
+    A gradient flows to x, A and B only. A and B are float32 and computed with in the type of x, so
+    that the backward pass has one x to keep.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class LoraQuantLinear(nn.Module, LoraLayer):
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
-        self.unpacked: Tensor | None = None
+        self.unpacked: Any = None  # W in floats
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
@@ -59,19 +63,26 @@ class LoraQuantLinear(nn.Module, LoraLayer):
         return module.cols, module.rows  # PEFT asks, and knows only its own kinds of linear
 
     def unpack(self) -> None:
-        """Keep W as floats: the same numbers as `QuantLinear.forward` uses, made once."""
+        """Keep W as floats, made once."""
         base: Any = self.get_base_layer()
-        self.unpacked = base.unpack_and_dequantize(base.qweight, base.scales, base.qzeros)
+        self.unpacked = dequantize(
+            base.qweight, base.scales, base.qzeros, base.quantizer.bits, base.scales.dtype
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
-        y = base(x) if self.unpacked is None else linear(x, self.unpacked, base.bias)
+        if self.unpacked is None:
+            y = packed_linear(x, base.qweight, base.scales, base.qzeros, base.quantizer.bits)
+        else:
+            y = linear(x, self.unpacked)
+        if base.bias is not None:
+            y = y + base.bias
         if self.disable_adapters:
             return y
         for name in self.active_adapters:
-            a: Any = self.lora_A[name]
-            h = self.lora_dropout[name](x.to(a.weight.dtype))
-            y = y + (self.lora_B[name](a(h)) * self.scaling[name]).to(y.dtype)
+            parts: list[Any] = [self.lora_A[name], self.lora_B[name]]
+            a, b = (part.weight.to(x.dtype) for part in parts)
+            y = y + linear(linear(self.lora_dropout[name](x), a), b) * self.scaling[name]
         return y
 
 
@@ -174,6 +185,8 @@ class QuantLora(LoRA):
         )
         model.train()
         model.config.use_cache = False
+        if model.device.type == "cuda":
+            compile_layers(model)
         for step, batch in enumerate(batches(rows, size, steps, extra["seed"]), start=1):
             loss = response_loss(model, *(x.to(model.device) for x in batch))
             if not loss.isfinite():
@@ -186,6 +199,18 @@ class QuantLora(LoRA):
             optimizer.zero_grad()
             self.losses.append((step, loss.item(), rate))
             self.progress(step, steps, f"loss {loss.item():.3f}")
+
+
+def compile_layers(model: PeftModel) -> None:
+    """Fuse what lies between a layer's matrix products, once for all layers and lengths.
+
+    It saves time, and most of the memory: what is cheap is computed again in the backward pass.
+    """
+    base: Any = model.get_base_model()
+    base.enable_input_require_grads()  # else the first layer differs from all others
+    wrapper = ModelWrapper.from_model(base)
+    for layer in wrapper.get_layers(return_name=False):
+        layer.compile(dynamic=True)
 
 
 def rate_factor(step: int, steps: int, warmup: int, kind: str) -> float:

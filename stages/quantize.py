@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from olive.data.config import DataConfig
 
 ERROR_TOKENS = 256  # on which layers are compared
-BATCH_TOKENS = 512  # enough to keep the matrix products busy
+BATCH_TOKENS = {"cpu": 512, "cuda": 4096}  # enough to keep the matrix products busy
 
 
 def main(params: Params) -> None:
@@ -126,7 +126,19 @@ def calibration_data(base: Path, calibration: Path, params: Quantize) -> DataCon
             f"{calibration}: {error}; lower quantize.calibration_samples or "
             "quantize.calibration_seq_len, or add text"
         ) from None
-    return data_config(sequences, batch_size=max(1, BATCH_TOKENS // length))
+    return data_config(sequences, batch_size=batch_size(length))
+
+
+def batch_size(length: int) -> int:
+    """Calibration sequences of `length` tokens that go through a layer together."""
+    return max(1, BATCH_TOKENS[device()] // length)
+
+
+def device() -> str:
+    """Where models are run: a GPU, if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def layer_errors(base: Path, quantized: Path, text: Path) -> list[float]:
@@ -145,8 +157,9 @@ def layer_errors(base: Path, quantized: Path, text: Path) -> list[float]:
     ids = torch.tensor([[token for document in documents for token in document][:ERROR_TOKENS]])
     states = []
     for folder in (base, quantized):
-        model = HfModelHandler(str(folder)).load_model(cache_model=False).eval()
+        model = HfModelHandler(str(folder)).load_model(cache_model=False).eval().to(device())
         with torch.inference_mode():
+            ids = ids.to(device())
             output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
         states.append([h.float() for h in output.hidden_states[1:]])
         del model, output
@@ -158,9 +171,9 @@ def check(out: Path) -> None:
     import torch
     from olive.model import HfModelHandler
 
-    model = HfModelHandler(str(out)).load_model(cache_model=False).eval()
+    model = HfModelHandler(str(out)).load_model(cache_model=False).eval().to(device())
     with torch.inference_mode():
-        if not model(input_ids=torch.tensor([[0]])).logits.isfinite().all():
+        if not model(input_ids=torch.tensor([[0]], device=device())).logits.isfinite().all():
             raise UserError(f"{out}: the quantized model gives no finite logits")
 
 

@@ -108,8 +108,11 @@ def build(model: Any, out: Path, params: Export, quantization: dict | None, devi
     from olive.passes.olive_pass import create_pass_from_dict
     from olive.passes.onnx import model_builder
 
-    # It says of every node that it does not quantize it.
+    from passes.streaming import StreamingModelBuilder
+
+    # They say of every node that it is not quantized, and that 2 GB are better read from a file.
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
+    logging.getLogger("neural_compressor").setLevel(logging.ERROR)
     extra: dict[str, Any] = {"hf_remote": False, "hf_token": "false"}
     if params.provider == "NvTensorRtRtx":
         extra["disable_qkv_fusion"] = True  # Olive fuses to MatMulNBits in a graph without others
@@ -119,7 +122,7 @@ def build(model: Any, out: Path, params: Export, quantization: dict | None, devi
         config |= LM_HEAD[params.lm_head]
     else:
         config["precision"] = "fp32" if params.provider == "cpu" else "fp16"
-    builder = create_pass_from_dict(model_builder.ModelBuilder, config, True, device)
+    builder = create_pass_from_dict(StreamingModelBuilder, config, True, device)
     with tempfile.TemporaryDirectory() as cache:
         # It would use, and on failure clean, the user's own Hugging Face cache.
         model_builder.HF_HUB_CACHE = cache

@@ -61,8 +61,8 @@ def main() -> None:
         for size in args.size:
             for name in [what for what in args.what if what != "ceilings"]:
                 for label, options in STAGES[name][1]:
-                    options |= {"steps": args.steps} if name == "finetune" else {}
-                    row = run(name, (args.folder or Path(temporary)) / size, size, options)
+                    given = options | ({"steps": args.steps} if name == "finetune" else {})
+                    row = run(name, (args.folder or Path(temporary)) / size, size, given)
                     print(line(f"{name}{label}", size, row, limits), flush=True)
 
 
@@ -203,7 +203,9 @@ def quantize(out: Path, folder: str, size: str) -> Row:
     }
 
 
-def finetune(out: Path, folder: str, size: str, base: str, checkpointing: bool, steps: int) -> Row:
+def finetune(
+    out: Path, folder: str, size: str, *, base: str, checkpointing: bool, steps: int
+) -> Row:
     """From the start of the pass, which loads and compiles, to a saved adapter."""
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict

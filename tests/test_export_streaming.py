@@ -34,6 +34,8 @@ for name, builder in {"olive": ModelBuilder, "ours": ours}.items():  # what it r
             run(model, f"{out}/{name}/{models.index(model)}-{lm_head}", lm_head)
 """
 LIMITED = """
+import stages.export
+stages.export.check = lambda *_: None  # trying the model takes onnxruntime's own memory
 warm_up, quantized, out, room = sys.argv[1:]
 run(warm_up, out + "/first", "float")
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -72,8 +74,12 @@ def test_bytes_are_those_of_olives_own_pass(labs, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit counts what it should on Linux only")
 def test_memory_holds_no_copy_of_all_weights(tmp_path):
-    """The checkpoint's file is mapped, which counts too; Olive's own pass fails with 800 MB."""
+    """The weights are 0.3 GB in float32, and mapping the checkpoint counts as 0.14.
+
+    It needs 0.3 GB. With 0.45 it fails if the quantizer gets a copy of the weights, and with 0.8 if
+    the pass is Olive's own.
+    """
     shape = {"vocab_size": 65536, "hidden_size": 512, "intermediate_size": 1024}
     (tmp_path / "out").mkdir()
     models = [quantized(tmp_path / "small"), quantized(tmp_path / "big", **shape)]
-    python(LIMITED, *models, tmp_path / "out", 600_000_000)
+    python(LIMITED, *models, tmp_path / "out", 400_000_000)

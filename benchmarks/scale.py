@@ -19,7 +19,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,10 +75,26 @@ def run(name: str, folder: Path, size: str, options: dict[str, Any]) -> Row:
     make(folder, size, needed={"quantize": "float", "export": "quantized"}.get(name, "both"))
     given = json.dumps({"folder": str(folder), "size": size, **options})
     command = [sys.executable, __file__, name, "--row", name, given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    most = 0
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=said, stderr=errors)
+        while process.poll() is None:
+            most = max(most, anonymous(process.pid))
+            time.sleep(0.05)
+        said.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            sys.exit(errors.read()[-3000:].decode())
+        return json.loads(said.read().splitlines()[-1]) | {"anonymous": most}
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of memory that the system cannot take back, unlike pages of mapped files."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def make(folder: Path, size: str, needed: str) -> None:
@@ -141,21 +156,8 @@ def best(work: Callable[[], Any]) -> float:
 def measure(name: str, given: str) -> None:
     """Run one row here and print what it took, as JSON on the last line."""
     options = json.loads(given)
-    stop, most = threading.Event(), [0]
-
-    def watch() -> None:  # memory that the system cannot take back, unlike pages of mapped files
-        while not stop.wait(0.05):
-            with open("/proc/self/status") as file:
-                fields = dict(text.split(":", 1) for text in file)
-            most[0] = max(most[0], int(fields["RssAnon"].split()[0]) * 1024)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
     with tempfile.TemporaryDirectory(dir=options["folder"]) as out:
         row = STAGES[name][0](Path(out) / "out", **options)
-    stop.set()
-    thread.join()
-    row["anonymous"] = most[0]
     row["max RSS, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     row["gpu"] = torch.cuda.max_memory_allocated() if CUDA else 0
     print(json.dumps(row))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from olive.common.hf.wrapper import LayerWrapper, ModelWrapper
@@ -126,7 +127,7 @@ class Awq(Pass):
         self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
     ) -> HfModelHandler:
         wrapper, qcfg, _ = prepare_model(on_host(model), config)
-        names = {module: name for name, module in wrapper.model.named_modules()}
+        names = WeakKeyDictionary({m: name for name, m in wrapper.model.named_modules()})
         self._folds = FoldScales(names)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         wrapper.model.config.use_cache, use_cache = False, wrapper.model.config.use_cache

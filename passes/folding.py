@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from olive.common.hf.wrapper import LayerWrapper, ModelWrapper
@@ -74,10 +75,11 @@ class FoldScales:
     B A of W becomes (B / s_out) (A s_in).
 
     Args:
-        names: of the model's modules.
+        names: of the model's modules, none of which it keeps alive: a linear that was replaced
+            goes, and takes its floats along.
     """
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
+    def __init__(self, names: WeakKeyDictionary[nn.Module, str]) -> None:
         self.names = names
         self.scales: dict[str, Tensor] = {}
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from olive.common.hf.wrapper import ModelWrapper
 from olive.common.quant.nn import QuantLinear
 from olive.hardware.accelerator import AcceleratorSpec
 from olive.model import HfModelHandler
@@ -185,8 +184,6 @@ class QuantLora(LoRA):
         )
         model.train()
         model.config.use_cache = False
-        if model.device.type == "cuda":
-            compile_layers(model)
         for step, batch in enumerate(batches(rows, size, steps, extra["seed"]), start=1):
             loss = response_loss(model, *(x.to(model.device) for x in batch))
             if not loss.isfinite():
@@ -199,18 +196,6 @@ class QuantLora(LoRA):
             optimizer.zero_grad()
             self.losses.append((step, loss.item(), rate))
             self.progress(step, steps, f"loss {loss.item():.3f}")
-
-
-def compile_layers(model: PeftModel) -> None:
-    """Fuse what lies between a layer's matrix products, once for all layers and lengths.
-
-    It saves time, and most of the memory: what is cheap is computed again in the backward pass.
-    """
-    base: Any = model.get_base_model()
-    base.enable_input_require_grads()  # else the first layer differs from all others
-    wrapper = ModelWrapper.from_model(base)
-    for layer in wrapper.get_layers(return_name=False):
-        layer.compile(dynamic=True)
 
 
 def rate_factor(step: int, steps: int, warmup: int, kind: str) -> float:

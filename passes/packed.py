@@ -2,18 +2,20 @@
 
 A linear layer whose weights are frozen needs W in the backward pass too, and autograd would keep
 the one of the forward pass: as many bytes as the model has in floats. Here both passes unpack it.
-On a GPU the unpacking is one kernel, made from the same lines by torch.compile; as an operator of
-PyTorch's (https://docs.pytorch.org/docs/stable/library.html) it is a call in a compiled layer.
+On a GPU the unpacking is one kernel. The product is an operator of PyTorch's
+(https://docs.pytorch.org/docs/stable/library.html), so that a compiled model may call it too.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+TRITON = find_spec("triton") is not None  # comes with PyTorch for CUDA, but for Windows
 
 
 def dequantize(
@@ -48,15 +50,13 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return codes.reshape(len(packed), -1).to(torch.int16)
 
 
-@cache
-def compiled() -> Any:
-    """`dequantize` as one kernel."""
-    return torch.compile(dequantize, dynamic=False)
-
-
 def weight(x: Tensor, parts: tuple[Tensor, Tensor, Tensor | None, int]) -> Tensor:
     """W, in the type of x."""
-    return (compiled() if x.is_cuda else dequantize)(*parts, x.dtype)
+    if x.is_cuda and TRITON:
+        from passes.packed_triton import dequantize as in_one_kernel
+
+        return in_one_kernel(*parts, x.dtype)
+    return dequantize(*parts, x.dtype)
 
 
 @torch.library.custom_op("olivepress::packed_linear", mutates_args=())

@@ -1,6 +1,7 @@
 """AWQ: folds that change nothing, a search that never loses, and Olive's format on disk."""
 
 import copy
+import gc
 import hashlib
 import json
 from itertools import pairwise
@@ -372,3 +373,20 @@ def test_quantized_base_is_refused(folder, base, text):
 def test_short_calibration_text_is_refused(folder, base, text):
     with pytest.raises(UserError, match=r"too few for 64 sequences of 32.*calibration_samples"):
         stage_quantize.quantize(base, text, folder / "no", settings(calibration_samples=64))
+
+
+def to_quantize() -> int:
+    """How many linears that a pass has marked are alive."""
+    gc.collect()
+    return sum(type(m) is nn.Linear and hasattr(m, "quant_info") for m in gc.get_objects())
+
+
+def test_floats_of_a_finished_layer_are_let_go(folder):
+    before, alive = to_quantize(), []
+    model = save_model(folder / "let-go", "phi3")
+    config = {"group_size": 32, "data_config": data_config(token_sequences(2, 16))}
+    quantizer = create_pass_from_dict(Awq, config, True)
+    quantizer.progress = lambda done, total, note: alive.append(to_quantize() - before)
+    quantizer.run(HfModelHandler(str(model)), str(folder / "let-go-quantized"))
+    layers = len(alive) - 1
+    assert alive == [4 * left for left in reversed(range(layers + 1))]

@@ -55,7 +55,9 @@ def _words(error: BaseException) -> str:
 
 def stages(repo: Repo) -> dict[str, PipelineStage]:
     """Every stage of dvc.yaml by name, as it is written there."""
-    return {one.name: one for one in store.patiently(lambda: repo.index.stages) if is_ours(one)}
+    lock = Path(repo.root_dir) / "dvc.lock"
+    found = store.patiently(lock, lambda: repo.index.stages)
+    return {one.name: one for one in found if is_ours(one)}
 
 
 def is_ours(stage: Any) -> bool:
@@ -108,19 +110,10 @@ def read(root: Path, anew: bool = False) -> Iterator[Reading]:
         UserError: as `opened`.
     """
     with _turn, _said():
-        files = [_stamp(root / name) for name in FILES]
+        files = [store.stamp(root / name) for name in FILES]
         if anew or root not in _last or _last[root].files != files:
             while _last:
                 _last.popitem()[1].repo.close()
             repo = Repo(str(root), _wait_for_lock=True)
             _last[root] = Reading(repo, stages(repo), files)
         yield _last[root]
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file does; None when there is none."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino

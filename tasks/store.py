@@ -68,16 +68,30 @@ _dvc_dump = _common._dump_data
 _common._dump_data = _yaml._dump_data = _dump_whole
 
 
-def patiently(read: Callable[[], T]) -> T:
-    """What `read` gives; tried again while a `dvc` command is in the middle of writing dvc.lock."""
-    for _ in range(TRIES):
+def patiently(lock: Path, read: Callable[[], T]) -> T:
+    """What `read` gives; tried again while a `dvc` command is in the middle of writing `lock`.
+
+    A file that stays as it is for TRIES is broken, not being written.
+    """
+    seen, tries = stamp(lock), 0
+    while True:
         try:
             return read()
         except DvcException as error:
-            if "dvc.lock" not in str(error):
+            if lock.name not in str(error) or tries == TRIES:
                 raise
             time.sleep(0.1)
-    return read()
+            before, seen = seen, stamp(lock)
+            tries = tries + 1 if seen == before else 0
+
+
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does; None when there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _unmemoized(out: Output) -> LocalHashFileDB:
@@ -140,7 +154,7 @@ def remove_gone(repo: Repo, stages: Iterable[str]) -> list[str]:
     """
     root = Path(repo.root_dir)
     lock = Lockfile(repo, str(root / "dvc.lock"))
-    entries = patiently(lock.load).get("stages", {})
+    entries = patiently(Path(lock.path), lock.load).get("stages", {})
     gone = {name: entry for name, entry in entries.items() if name not in set(stages)}
     removed = []
     with lock_repo(repo) if gone else contextlib.nullcontext():

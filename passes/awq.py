@@ -87,6 +87,20 @@ def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """Let a GPU round the factors of matrix products to 11 bits, at several times the speed.
+
+    On the CPU it changes nothing.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class Awq(Pass):
     """Activation-aware weight quantization of the blocks' linear layers to `QuantLinear`.
 
@@ -95,6 +109,8 @@ class Awq(Pass):
     """
 
     progress: Callable[[int, int, str], None] = staticmethod(lambda done, total, note: None)
+    products = staticmethod(tensor_float_32)
+    """The context of all matrix products: what is summed is compared, and not solved for."""
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
@@ -120,7 +136,7 @@ class Awq(Pass):
         Raises:
             ValueError: the model is already quantized, or the calibration data is empty.
         """
-        with tensor_float_32():
+        with self.products():
             return self._quantize(model, config, output_model_path)
 
     def _quantize(
@@ -287,21 +303,6 @@ def on_host(model: HfModelHandler) -> HfModelHandler:
     host = copy.deepcopy(model)
     host.load_kwargs = HfLoadKwargs(**given | {"device_map": "cpu"})
     return host
-
-
-@contextmanager
-def tensor_float_32() -> Iterator[None]:
-    """Let a GPU round the factors of matrix products to 11 bits, at several times the speed.
-
-    What is summed here are errors over thousands of tokens and channels, in which that averages
-    out. On the CPU it changes nothing.
-    """
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def in_float32(value: Any) -> Any:

@@ -6,6 +6,7 @@ Each part is from a paper, named where it is done; what each brings is in docs/q
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from olive.hardware.accelerator import AcceleratorSpec
@@ -27,6 +28,8 @@ class Best(Awq):
     3. Ranges as in `Awq`; then sweeps of coordinate descent over the codes, and after each the
        scales that fit the codes best.
     """
+
+    products = nullcontext  # float32: the weights come from linear equations
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:

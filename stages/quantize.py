@@ -154,12 +154,12 @@ def layer_errors(base: Path, quantized: Path, text: Path) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(base)
     texts = rows.read_calibration(text, tokenizer)
     documents = tokenizer(texts, add_special_tokens=False).input_ids
-    ids = torch.tensor([[token for document in documents for token in document][:ERROR_TOKENS]])
+    tokens = [token for document in documents for token in document][:ERROR_TOKENS]
+    ids = torch.tensor([tokens], device=device())
     states = []
     for folder in (base, quantized):
         model = HfModelHandler(str(folder)).load_model(cache_model=False).eval().to(device())
         with torch.inference_mode():
-            ids = ids.to(device())
             output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
         states.append([h.float() for h in output.hidden_states[1:]])
         del model, output

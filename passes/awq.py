@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -109,7 +109,7 @@ class Awq(Pass):
     """
 
     progress: Callable[[int, int, str], None] = staticmethod(lambda done, total, note: None)
-    products = staticmethod(tensor_float_32)
+    products: Callable[[], AbstractContextManager] = staticmethod(tensor_float_32)
     """The context of all matrix products: what is summed is compared, and not solved for."""
 
     @classmethod

@@ -52,9 +52,9 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("awq")
 
 
-def run(pass_type: type, model: Path, out: Path, **config) -> HfModelHandler:
+def run(pass_type: type, model: Path, out: Path, sequences: int = 8, **config) -> HfModelHandler:
     if issubclass(pass_type, Awq):
-        config["data_config"] = data_config(token_sequences(8, 64), batch_size=8)
+        config["data_config"] = data_config(token_sequences(sequences, 64), batch_size=8)
     quantizer = create_pass_from_dict(pass_type, {"group_size": 32, **config}, True)
     return quantizer.run(HfModelHandler(str(model)), str(out))
 
@@ -252,17 +252,21 @@ def test_refit_finds_the_best_scales():
 
 @pytest.mark.parametrize("name", ["phi3", "llama", "qwen2", "gemma2"])
 def test_best_is_nearer_than_awq_and_awq_than_rounding(folder, name):
-    """The distance of the logits, where few channels are large, on tokens not calibrated with."""
+    """The distance of the logits, where few channels are large, on tokens not calibrated with.
+
+    2,048 tokens of calibration for 256 channels: with 512 `best` fits them and not their kind, and
+    is no nearer than AWQ.
+    """
     base = save_model(folder / f"wide-{name}", name)
-    ids = torch.tensor(token_sequences(4, 32, seed=5))
+    ids = torch.tensor(token_sequences(16, 64, seed=5))
     with torch.no_grad():
         expected = load(base)(ids).logits
-        rtn, awq, best = (
-            (load(Path(run(p, base, folder / name / p.__name__).model_path))(ids).logits - expected)
-            .norm()
-            .item()
-            for p in (Rtn, Awq, Best)
-        )
+
+        def distance(pass_type: type) -> float:
+            out = run(pass_type, base, folder / name / pass_type.__name__, sequences=32)
+            return (load(Path(out.model_path))(ids).logits - expected).norm().item()
+
+        rtn, awq, best = (distance(p) for p in (Rtn, Awq, Best))
     assert best < awq < rtn
 
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +209,14 @@ def quantize(out: Path, folder: str, size: str) -> Row:
 def finetune(
     out: Path, folder: str, size: str, *, base: str, checkpointing: bool, steps: int
 ) -> Row:
-    """From the start of the pass, which loads and compiles, to a saved adapter."""
+    """From the start of the pass, which loads, to a saved adapter.
+
+    On `bitsandbytes` PEFT's own layers over 4-bit NF4 weights are taught, by the same loop.
+    """
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
 
-    from passes.calibration import data_config
+    from passes.calibration import data_config, token_sequences
     from passes.lora import QuantLora
 
     rows = torch.randint(0, 1000, (BATCH * 16, WINDOW)).tolist()
@@ -237,7 +241,73 @@ def finetune(
     lora = create_pass_from_dict(QuantLora, config, disable_search=True)
     lora.progress = clock = Clock()
     started = time.perf_counter()
-    lora.run(HfModelHandler(str(Path(folder) / base)), str(out))
+    peft = torch.autocast("cuda", torch.bfloat16, enabled=CUDA and base != "quantized")
+    with peft:  # as transformers' trainer does it
+        if base == "bitsandbytes":
+            lora.losses = []
+            model = on_bitsandbytes(Path(folder) / "float")
+            lora._train(model, token_sequences(rows), lora.config.training_args)
+        else:
+            lora.run(HfModelHandler(str(Path(folder) / base)), str(out))
+    ended = time.perf_counter()
+    hidden, wide, layers, _ = shapes.SIZES[size]
+    linears = [(3 * hidden, hidden), (hidden, hidden), (2 * wide, hidden), (hidden, wide)]
+    tokens = SAMPLES * WINDOW
+    search = sum(2 * 41 * rows * columns**2 for rows, columns in linears)
+    forward = sum(2 * tokens * rows * columns for rows, columns in linears)
+    grams = sum(2 * tokens * columns**2 for _, columns in linears)
+    return {
+        "seconds": ended - clock.times[0],
+        "tf32" if CUDA else "fp32": layers * (search + forward + grams),
+        "load, s": clock.times[0] - started,
+        "save, s": ended - clock.times[-1],
+    }
+
+
+def finetune(
+    out: Path, folder: str, size: str, *, base: str, checkpointing: bool, steps: int
+) -> Row:
+    """From the start of the pass, which loads, to a saved adapter.
+
+    On `bitsandbytes` PEFT's own layers over 4-bit NF4 weights are taught, by the same loop.
+    """
+    from olive.model import HfModelHandler
+    from olive.passes.olive_pass import create_pass_from_dict
+
+    from passes.calibration import data_config, token_sequences
+    from passes.lora import QuantLora
+
+    rows = torch.randint(0, 1000, (BATCH * 16, WINDOW)).tolist()
+    config = {
+        "r": RANK,
+        "alpha": 2 * RANK,
+        "lora_dropout": 0.0,
+        "target_modules": TARGETS,
+        "train_data_config": data_config(rows, rows),
+        "torch_dtype": "bfloat16" if CUDA else "float32",
+        "device_map": "auto" if CUDA else None,
+        "training_args": {
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "max_steps": steps,
+            "per_device_train_batch_size": BATCH,
+            "gradient_checkpointing": checkpointing,
+            "seed": 7,
+        },
+    }
+    lora = create_pass_from_dict(QuantLora, config, disable_search=True)
+    lora.progress = clock = Clock()
+    started = time.perf_counter()
+    if base == "bitsandbytes":
+        lora.losses = []
+        lora._train(
+            on_bitsandbytes(Path(folder) / "float"),
+            token_sequences(rows),
+            lora.config.training_args,
+        )
+    else:
+        lora.run(HfModelHandler(str(Path(folder) / base)), str(out))
     ended = time.perf_counter()
     hidden, wide, layers, _ = shapes.SIZES[size]
     linear = layers * (4 * hidden**2 + 3 * hidden * wide) + shapes.VOCABULARY * hidden
@@ -252,6 +322,24 @@ def finetune(
         "TFLOP/s after": 4 * linear * tokens / steady / 1e12,
         "last loss": lora.losses[-1][1],
     }
+
+
+def on_bitsandbytes(folder: Path) -> Any:
+    """A float model in 4 bits of bitsandbytes, with a new adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=four_bits, device_map={"": 0 if CUDA else "cpu"}
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
+    return get_peft_model(model, config)
 
 
 def export(out: Path, folder: str, size: str) -> Row:
@@ -275,6 +363,11 @@ STAGES: dict[str, tuple[Callable[..., Row], list[tuple[str, dict[str, Any]]]]] =
             ("", {"base": "quantized", "checkpointing": False}),
             (", activations recomputed", {"base": "quantized", "checkpointing": True}),
             (" on float weights", {"base": "float", "checkpointing": False}),
+            *(
+                [(" on bitsandbytes", {"base": "bitsandbytes", "checkpointing": False})]
+                if find_spec("bitsandbytes")
+                else []
+            ),
         ],
     ),
     "export": (export, [("", {})]),

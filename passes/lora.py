@@ -1,8 +1,4 @@
-"""LoRA over Olive's quantized linears, as an Olive pass.
-
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3; over
-frozen quantized weights as in QLoRA, arXiv 2305.14314, equation 5.
-"""
+"""LoRA over Olive's quantized linears, as an Olive pass: loading, training, saving."""
 
 from __future__ import annotations
 
@@ -20,13 +16,12 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.passes.pytorch.lora import LoRA
 from olive.passes.pytorch.train_utils import load_hf_base_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from passes.packed import dequantize, packed_linear
+from passes.lora_linear import LoraQuantLinear, keep_products_alone
 
 IGNORE_INDEX = -100
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -34,55 +29,6 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 class Diverged(ArithmeticError):
     """The loss is no finite number any more."""
-
-
-class LoraQuantLinear(nn.Module, LoraLayer):
-    """y = W x + b + (alpha / r) B A dropout(x), where W is quantized and frozen.
-
-    A gradient flows to x, A and B only. A and B are float32 and computed with in the type of x, so
-    that the backward pass has one x to keep.
-    """
-
-    def __init__(
-        self,
-        base_layer: QuantLinear,
-        adapter_name: str,
-        config: LoraConfig,
-        r: int,
-        lora_alpha: int,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        LoraLayer.__init__(self, base_layer, **kwargs)
-        self.unpacked: Any = None  # W in floats
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-
-    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-        return module.cols, module.rows  # PEFT asks, and knows only its own kinds of linear
-
-    def unpack(self) -> None:
-        """Keep W as floats, made once."""
-        base: Any = self.get_base_layer()
-        self.unpacked = dequantize(
-            base.qweight, base.scales, base.qzeros, base.quantizer.bits, base.scales.dtype
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        base: Any = self.get_base_layer()
-        if self.unpacked is None:
-            y = packed_linear(x, base.qweight, base.scales, base.qzeros, base.quantizer.bits)
-        else:
-            y = linear(x, self.unpacked)
-        if base.bias is not None:
-            y = y + base.bias
-        if self.disable_adapters:
-            return y
-        for name in self.active_adapters:
-            parts: list[Any] = [self.lora_A[name], self.lora_B[name]]
-            a, b = (part.weight.to(x.dtype) for part in parts)
-            y = y + linear(linear(self.lora_dropout[name](x), a), b) * self.scaling[name]
-        return y
 
 
 def over_quantized(config: LoraConfig) -> LoraConfig:
@@ -184,6 +130,8 @@ class QuantLora(LoRA):
         )
         model.train()
         model.config.use_cache = False
+        if model.device.type == "cuda" and not args.gradient_checkpointing:
+            keep_products_alone(model)
         for step, batch in enumerate(batches(rows, size, steps, extra["seed"]), start=1):
             loss = response_loss(model, *(x.to(model.device) for x in batch))
             if not loss.isfinite():

@@ -251,65 +251,6 @@ def finetune(
             lora.run(HfModelHandler(str(Path(folder) / base)), str(out))
     ended = time.perf_counter()
     hidden, wide, layers, _ = shapes.SIZES[size]
-    linears = [(3 * hidden, hidden), (hidden, hidden), (2 * wide, hidden), (hidden, wide)]
-    tokens = SAMPLES * WINDOW
-    search = sum(2 * 41 * rows * columns**2 for rows, columns in linears)
-    forward = sum(2 * tokens * rows * columns for rows, columns in linears)
-    grams = sum(2 * tokens * columns**2 for _, columns in linears)
-    return {
-        "seconds": ended - clock.times[0],
-        "tf32" if CUDA else "fp32": layers * (search + forward + grams),
-        "load, s": clock.times[0] - started,
-        "save, s": ended - clock.times[-1],
-    }
-
-
-def finetune(
-    out: Path, folder: str, size: str, *, base: str, checkpointing: bool, steps: int
-) -> Row:
-    """From the start of the pass, which loads, to a saved adapter.
-
-    On `bitsandbytes` PEFT's own layers over 4-bit NF4 weights are taught, by the same loop.
-    """
-    from olive.model import HfModelHandler
-    from olive.passes.olive_pass import create_pass_from_dict
-
-    from passes.calibration import data_config, token_sequences
-    from passes.lora import QuantLora
-
-    rows = torch.randint(0, 1000, (BATCH * 16, WINDOW)).tolist()
-    config = {
-        "r": RANK,
-        "alpha": 2 * RANK,
-        "lora_dropout": 0.0,
-        "target_modules": TARGETS,
-        "train_data_config": data_config(rows, rows),
-        "torch_dtype": "bfloat16" if CUDA else "float32",
-        "device_map": "auto" if CUDA else None,
-        "training_args": {
-            "learning_rate": 1e-4,
-            "lr_scheduler_type": "constant",
-            "warmup_steps": 0,
-            "max_steps": steps,
-            "per_device_train_batch_size": BATCH,
-            "gradient_checkpointing": checkpointing,
-            "seed": 7,
-        },
-    }
-    lora = create_pass_from_dict(QuantLora, config, disable_search=True)
-    lora.progress = clock = Clock()
-    started = time.perf_counter()
-    if base == "bitsandbytes":
-        lora.losses = []
-        lora._train(
-            on_bitsandbytes(Path(folder) / "float"),
-            token_sequences(rows),
-            lora.config.training_args,
-        )
-    else:
-        lora.run(HfModelHandler(str(Path(folder) / base)), str(out))
-    ended = time.perf_counter()
-    hidden, wide, layers, _ = shapes.SIZES[size]
     linear = layers * (4 * hidden**2 + 3 * hidden * wide) + shapes.VOCABULARY * hidden
     warm = steps // 5
     steady = (clock.times[-1] - clock.times[warm - 1]) / (steps - warm)

@@ -120,7 +120,7 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 class Tape:
-    """The results of a layer's products in order: kept when it runs, given out when it runs again."""
+    """The results of a layer's products, in order: kept at first, given out when it runs again."""
 
     def __init__(self) -> None:
         self.results: deque[tuple[Tensor, int]] = deque()

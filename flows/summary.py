@@ -85,11 +85,14 @@ def _remark(values: dict[str, Any]) -> str:
     if values["not_measured"]:
         return f"not measured on this machine: {values['not_measured']}"
     agreement, speed = values["agreement"], values["speed"]
+    rate = speed.get("float_tokens_per_second")  # null if the float model ran on a GPU
+    beside = "" if rate is None else f"{rate:,.0f} of the float model in PyTorch, "
     return (
         f"PyTorch and ONNX choose the same token in {shown(agreement, 'top1', '.1%')} of places "
         f"(mean KL {shown(agreement, 'mean_kl', '')}); "
         f"{shown(speed['adapter_on'], 'tokens_per_second', ',.0f')} tokens/s with the adapter, "
         f"{shown(speed['adapter_off'], 'tokens_per_second', ',.0f')} without, "
+        f"{beside}"
         f"{shown(speed, 'peak_rss_mb', ',.0f')} MB of memory."
     )
 

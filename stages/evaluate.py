@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 # As they come in the pipeline; each is scored on the same rows.
 MODELS = ["base", "quantized", "quantized_lora", "onnx_off", "onnx_on"]
 ANSWERS = 3
+FLOAT_TOKENS = 16  # a second each at four billion weights
 
 
 def main(params: Params, adapter: str) -> None:
@@ -68,6 +69,9 @@ def main(params: Params, adapter: str) -> None:
     }
     progress(1, 4, "speed not measured" if reason else "speed measured")
     metrics |= compare(rows, adapter, params.evaluate, with_onnx=not reason)
+    float_rate = metrics.pop("float_tokens_per_second")
+    if metrics["speed"]:
+        metrics["speed"]["float_tokens_per_second"] = float_rate
     metrics["text_perplexity"] = measured["text_perplexity"] | metrics["text_perplexity"]
     with new_output(METRICS / f"{adapter}.json") as out:
         write_json(out, finite(metrics))
@@ -119,7 +123,7 @@ def compare(rows: list[dict], adapter: str, params: Evaluate, with_onnx: bool) -
     from transformers import AutoTokenizer
 
     from passes.lora import load_adapted
-    from stages.scoring import encode, score, torch_logits
+    from stages.scoring import encode, score, torch_logits, torch_tokens_per_second
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     examples = encode(tokenizer, rows)
@@ -128,6 +132,11 @@ def compare(rows: list[dict], adapter: str, params: Evaluate, with_onnx: bool) -
     base = load_adapted(BASE, None)
     figures["base"] = score(examples, torch_logits(base, examples))
     figures["answers"] = answers(base, tokenizer, rows[:ANSWERS], params.max_new_tokens)
+    figures["float_tokens_per_second"] = None
+    if base.device.type == "cpu":  # as the ONNX model
+        tokens = min(FLOAT_TOKENS, params.speed_tokens)
+        rate = torch_tokens_per_second(base, examples[0].ids[: examples[0].start], tokens)
+        figures["float_tokens_per_second"] = round(rate, 1)
     del base
     progress(2, 4, "base model scored")
 
@@ -240,7 +249,18 @@ def table(metrics: dict) -> str:
         f"{speed['adapter_on']['tokens_per_second']:,.0f} tokens/s, first after "
         f"{speed['adapter_on']['time_to_first_token_ms']:.0f} ms, {speed['peak_rss_mb']:,.0f} MB"
     )
+    if slower_than_float(speed):
+        lines.append(
+            f"the float model makes {speed['float_tokens_per_second']:,.1f} tokens/s in PyTorch: "
+            "on this machine the exported model is the slower one"
+        )
     return "\n".join(lines)
+
+
+def slower_than_float(speed: dict) -> bool:
+    """Whether the exported model, adapter off, makes fewer tokens a second than the float one."""
+    rate = speed["float_tokens_per_second"]
+    return rate is not None and speed["adapter_off"]["tokens_per_second"] < rate
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ rows S-1 to T-2: the "response logits", of shape (T - S, vocabulary).
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -156,6 +157,21 @@ def torch_logits(model: nn.Module, examples: list[Example]) -> Iterator[np.ndarr
             )
         for i, example in enumerate(batch):
             yield output.logits[i, example.start - 1 : len(example.ids) - 1].float().cpu().numpy()
+
+
+def torch_tokens_per_second(model: nn.Module, ids: list[int], tokens: int) -> float:
+    """Greedy tokens a second of a transformers model after a prompt, whose reading is not counted."""
+    import torch
+
+    x, past = torch.tensor([ids], device=next(model.parameters()).device), None
+    started = 0.0
+    with torch.inference_mode():
+        for i in range(tokens + 1):
+            output = model(input_ids=x, past_key_values=past, use_cache=True)
+            x, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+            if i == 0:
+                started = time.perf_counter()
+    return tokens / (time.perf_counter() - started)
 
 
 def batches(examples: list[Example]) -> Iterator[list[Example]]:

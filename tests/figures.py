@@ -18,6 +18,7 @@ MEASURED: dict[str, Any] = {
     "speed": {
         "adapter_off": {"tokens_per_second": 2000.0, "time_to_first_token_ms": 3.0},
         "adapter_on": {"tokens_per_second": 1000.0, "time_to_first_token_ms": 4.0},
+        "float_tokens_per_second": 200.0,
         "peak_rss_mb": 80.0,
     },
     "answers": [

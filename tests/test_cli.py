@@ -192,6 +192,7 @@ def test_run_shows_figures_that_are_not_finite_or_not_measured(toy: Path, api: s
     said = typed("run", cwd=toy, PREFECT_API_URL=api).stdout
     assert re.search(r"base model +not finite +0\.0% +8\.0 MB", said)
     assert "mean KL not finite" in said and "1,000 tokens/s with the adapter" in said
+    assert "200 of the float model in PyTorch" in said
     none = dict.fromkeys(["onnx_off", "onnx_on", "agreement", "speed"])
     metrics.write_text(json.dumps(MEASURED | none | {"not_measured": "no such provider"}))
     said = typed("run", cwd=toy, PREFECT_API_URL=api).stdout

@@ -166,6 +166,8 @@ METRICS = {
     "agreement": {"top1": 0.9, "tokenizer": 0.75},
     "speed": {
         "adapter_on": {"tokens_per_second": 1.0, "time_to_first_token_ms": 1.0},
+        "adapter_off": {"tokens_per_second": 2.0},
+        "float_tokens_per_second": 1.5,
         "peak_rss_mb": 1.0,
     },
     "answers": [{"prompt": "Hi", "expected": "Hello"}],
@@ -239,6 +241,12 @@ def test_a_gate_on_what_was_not_measured_fails_and_says_why():
 def test_table_shows_both_agreements():
     line = "choose the same token: 90.0%, and their tokenizers cut prompts alike: 75.0%"
     assert line in table(METRICS)
+
+
+@pytest.mark.parametrize(("rate", "said"), [(1.9, False), (2.1, True), (None, False)])
+def test_it_is_said_when_the_float_model_is_faster(rate, said):
+    speed = METRICS["speed"] | {"float_tokens_per_second": rate}
+    assert (f"the float model makes {rate}" in table(METRICS | {"speed": speed})) == said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from flows.console import Json, console, print_json, stop, without_gc
@@ -158,12 +157,10 @@ def _show(folder: Path, findings: list[Any], as_json: bool) -> None:
             {"package": str(folder), "sound": sound, "findings": [asdict(f) for f in findings]}
         )
     else:
-        table = Table(box=None, show_header=False, pad_edge=False)
         for finding in findings:
-            verdict = f"[{STYLES[finding.verdict]}]{finding.verdict}[/]"
-            said = Text(f"{finding.path}: {finding.message}")  # of files that nobody vouches for
-            table.add_row(finding.check, verdict, said)
-        console.print(table)
+            said = Text(f"{finding.verdict:<12}", STYLES[finding.verdict])
+            said.append(f"{finding.check:<10} {finding.path}: {finding.message}", "default")
+            console.print(said)
         typer.echo(f"{folder}: {'sound' if sound else 'not sound'}")
     if not sound:
         raise typer.Exit(1)

@@ -29,7 +29,7 @@ FIGURES = {"perplexity": "perplexity", "exact_answer_rate": "exact answer rate"}
 
 
 def libraries(lock: str, toolchain: dict[str, str]) -> dict[str, str]:
-    """Name -> version: what the lock pins; of the libraries that `toolchain` names, its versions."""
+    """Name -> version: what the lock pins, and the versions found of what `toolchain` looks at."""
     pinned = {m[1]: m[2] for m in map(PINNED.match, lock.splitlines()) if m}
     return {name: v for name, v in pinned.items() if name not in LIBRARIES} | toolchain
 

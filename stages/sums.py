@@ -47,6 +47,8 @@ class Checked:
     """Of the files that SHA256SUMS lists, and of itself, as they are."""
     problems: dict[str, str] = field(default_factory=dict)
     """Name -> what is wrong."""
+    plain: bool = False
+    """Whether the folder holds regular files alone, no more of them and no larger than can be."""
 
 
 def write(folder: Path, sums: dict[str, str]) -> None:
@@ -77,6 +79,7 @@ def check(folder: Path, told: Told = lambda done, total, name: None) -> Checked:
     found = Checked()
     try:
         sizes = dict(_listed(folder, found.problems))
+        found.plain = not found.problems and sum(sizes.values()) <= shutil.disk_usage(folder).total
         wanted = read(folder)
     except UserError as error:
         found.problems[SUMS] = str(error)

@@ -102,16 +102,7 @@ def verify_package(
     package = Package(folder, sums.check(folder, told))
     _files(package)
     _signature(package, trusted or Trusted(), signature, signed)
-    with package.check("contents", MANIFEST, "can be read") as say:
-        if missing := {MANIFEST, TRACE} - package.checked.files.keys():
-            return [*package.findings, Finding("contents", "failed", "is missing", min(missing))]
-        package.manifest = _json(package, MANIFEST)
-        package.lineage = _json(package, TRACE)
-        names = [name for name in package.checked.files if name.startswith("metrics/")]
-        package.metrics = {Path(name).stem: _json(package, name) for name in names}
-        if package.metrics.keys() != package.manifest["adapters"].keys():
-            say("names other adapters than metrics/ has figures of")
-    if package.manifest and package.lineage:
+    if _contents(package):
         _materials(package)
         _card(package)
         _lineage(package)
@@ -139,8 +130,8 @@ def _signature(package: Package, trusted: Trusted, path: Path | None, wanted: bo
             say("not signed", verdict="failed" if trusted else unchecked)
         elif not trusted:
             say("signed, but by whom was not checked: give --key PUBLIC", verdict=unchecked)
-        elif any(" link" in problem or "regular" in problem for problem in _odd(package)):
-            say("not checked, as the package has what is no plain file")
+        elif not package.checked.plain:
+            say("not read, as the package has what no package has")
         else:
             signing.check(package.folder, path, trusted)
 
@@ -149,8 +140,23 @@ def _whom(trusted: Trusted) -> str:
     return f"the key {trusted.key}" if trusted.key else f"{trusted.identity} of {trusted.issuer}"
 
 
-def _odd(package: Package) -> list[str]:
-    return list(package.checked.problems.values())
+def _contents(package: Package) -> bool:
+    """Read what the package says of itself; whether all of it can be read."""
+    figures = [name for name in package.checked.files if name.startswith("metrics/")]
+    read: dict[str, Any] = {}
+    with package.check("contents", MANIFEST, "can be read, with lineage and figures") as say:
+        for name in (MANIFEST, TRACE, *figures):
+            try:
+                read[name] = _json(package, name)
+            except UserError as error:
+                say(str(error), name)
+                return False
+        package.manifest, package.lineage = read[MANIFEST], read[TRACE]
+        package.metrics = {Path(name).stem: read[name] for name in figures}
+        if package.metrics.keys() == package.manifest["adapters"].keys():
+            return True
+        say("names other adapters than metrics/ has figures of")
+    return False
 
 
 def _json(package: Package, name: str) -> dict[str, Any]:
@@ -162,11 +168,9 @@ def _json(package: Package, name: str) -> dict[str, Any]:
     try:
         value = json.loads(sums.read_small(package.folder / name))
     except (ValueError, RecursionError):
-        raise UserError(f"{name} is not JSON") from None
-    except UserError as error:
-        raise UserError(f"{name} {error}") from None
+        raise UserError("is not JSON") from None
     if not isinstance(value, dict):
-        raise UserError(f"{name} is not a JSON object")
+        raise UserError("is not a JSON object")
     return value
 
 

@@ -11,11 +11,13 @@ from typing import Any
 from stages import bom, params, sums
 from stages.errors import UserError
 from stages.package import TRACE, volatile
-from stages.stage import LINEAGE, METRICS, PACKAGE, read_json
+from stages.stage import LINEAGE, METRICS, PACKAGE, killed_with_parent, read_json
 from stages.sums import SUMS
+from tasks import store
 from tasks.command import Job
-from tasks.pool.workspace import workspace
+from tasks.pool.workspace import FOLDER, have_own_cache, remove, workspace
 
+BEGUN = re.compile(r"Running stage '(.+)':")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -42,14 +44,27 @@ def differences(
         raise UserError(
             f"made from files that differ from commit {commit[:12]}: commit them, and run again"
         )
+    for left in (root / FOLDER).glob("rebuild-*"):  # of one that was killed
+        if not store.alive(int(left.name.rpartition("-")[2])):
+            remove(root, left)
     with workspace(root, commit, f"rebuild-{os.getpid()}") as scratch:
-        limit = params.load(root / "params.yaml").run.time_limit_minutes * 60
-        # The folder's own empty cache, so that nothing is restored.
-        for command in (["config", "--local", "cache.dir", "cache"], ["repro", "package"]):
-            job = Job(on_line, limit, {"DVC_NO_ANALYTICS": "1"})
-            if job.run(["dvc", *command], dict(os.environ), cwd=scratch):
-                raise UserError(f"could not be made again: {job.last_words('dvc')}")
+        have_own_cache(scratch)
+        _reproduce(scratch, on_line)
         yield from compare(scratch / PACKAGE, folder)
+
+
+def _reproduce(folder: Path, on_line: Callable[[str], None]) -> None:
+    """`dvc repro package`, which ends with this process.
+
+    Raises:
+        UserError: with the last words of the stage that failed.
+    """
+    limit = params.load(folder / "params.yaml").run.time_limit_minutes * 60
+    job = Job(on_line, limit, {"DVC_NO_ANALYTICS": "1"})
+    command = ["dvc", "repro", "package"]
+    if job.run(command, dict(os.environ), cwd=folder, preexec_fn=killed_with_parent):
+        begun = [match[1] for match in map(BEGUN.match, job.lines) if match]
+        raise UserError(f"could not be made again: {job.last_words((begun or ['dvc'])[-1])}")
 
 
 def compare(made: Path, folder: Path) -> Iterator[tuple[str, str]]:

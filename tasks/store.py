@@ -199,13 +199,14 @@ def remove_leftovers(repo: Repo) -> list[str]:
     removed = []
     for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
         match = LEFTOVER.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
+        if match and not alive(int(match[1])):
             remove(path)
             removed.append(path.relative_to(root).as_posix())
     return removed
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether there is such a process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -45,8 +45,6 @@ def main(params: Params) -> None:
         UserError: no dvc.lock, so that nothing says what the model was made of; too little space;
             the finished package does not run.
     """
-    from stages.generation import provider
-
     started = time.time()
     metrics = {name: read_json(METRICS / f"{name}.json") for name in params.adapters}
     lineage = trace(list(params.adapters))
@@ -59,24 +57,7 @@ def main(params: Params) -> None:
             digests[name] = copy(path, out / name)
             progress(done, steps, name)
         lineage["package"] = {"record": record("package", started)}
-        about = manifest(params, metrics, lineage)
-        write_json(out / MANIFEST, about)
-        digests[MANIFEST] = sums.sha256(out / MANIFEST)
-        lasting = {name: digest for name, digest in digests.items() if not volatile(name)}
-        text = bom.write(
-            about,
-            metrics=metrics,
-            lineage=lineage,
-            sums=lasting,
-            base=base_files(),
-            used=bom.libraries(LOCK.read_text("utf-8"), read_json(TOOLCHAIN)),
-        )
-        (out / bom.BOM).write_text(text, "utf-8")
-        (out / CARD).write_text(card(about, metrics, lineage, provider(ONNX)), "utf-8")
-        write_json(out / TRACE, lineage)
-        for name in (bom.BOM, CARD, TRACE):
-            digests[name] = sums.sha256(out / name)
-        sums.write(out, digests)
+        describe(out, manifest(params, metrics, lineage), metrics, lineage, digests)
         check(out)
         progress(steps, steps, "package tried")
     size = sum(path.stat().st_size for path in PACKAGE.rglob("*") if path.is_file())
@@ -90,6 +71,34 @@ def files(adapters: list[str]) -> dict[str, Path]:
         found[f"adapters/{name}.onnx_adapter"] = ADAPTERS / f"{name}.onnx_adapter"
         found[f"metrics/{name}.json"] = METRICS / f"{name}.json"
     return found | {path.name: path for path in BASE.glob("LICENSE*")}
+
+
+def describe(
+    out: Path,
+    about: dict[str, Any],
+    metrics: dict[str, dict],
+    lineage: dict[str, dict],
+    digests: dict[str, str],
+) -> None:
+    """Write what a package says of itself, and the sums: `digests` has those of what was copied."""
+    from stages.generation import provider
+
+    write_json(out / MANIFEST, about)
+    digests[MANIFEST] = sums.sha256(out / MANIFEST)
+    materials = bom.write(
+        about,
+        metrics=metrics,
+        lineage=lineage,
+        sums={name: digest for name, digest in digests.items() if not volatile(name)},
+        base=base_files(),
+        used=bom.libraries(LOCK.read_text("utf-8"), read_json(TOOLCHAIN)),
+    )
+    (out / bom.BOM).write_text(materials, "utf-8")
+    (out / CARD).write_text(card(about, metrics, lineage, provider(ONNX)), "utf-8")
+    write_json(out / TRACE, lineage)
+    for name in (bom.BOM, CARD, TRACE):
+        digests[name] = sums.sha256(out / name)
+    sums.write(out, digests)
 
 
 def base_files() -> dict[str, dict[str, str]]:

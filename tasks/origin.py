@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages import bom, sums
-from stages.card import card
+from stages.card import card, parameters
 from stages.errors import UserError
 from stages.generation import provider
 from stages.package import CARD, MANIFEST, TRACE, trace, volatile, writer
@@ -25,7 +25,8 @@ from tasks import bridge, rebuild, signing, store
 from tasks.signing import Trusted
 
 APART = "to check a package of another commit or project, leave dvc.lock out with --no-project"
-MOST_LISTED = 1_000  # in a bill of materials; there are some 300, and its library takes their square
+MOST_LISTED = 1_000  # in a bill of materials, of some 300; its library takes n² time, here 2 s
+MOST_PARAMETERS = 1 << 18  # characters of JSON, of some thousand; YAML takes 4 s to write them
 MOST_TEXT = 1 << 20  # characters of a prompt put into the template that it is for
 
 
@@ -229,6 +230,8 @@ def _card(package: Package) -> None:
             prompt = figures["answers"][0]["prompt"]
             if len(prompt) * figures["prompt_template"].count("{prompt}") > MOST_TEXT:
                 raise UserError("its prompt is too long")
+        if len(json.dumps(parameters(package.lineage))) > MOST_PARAMETERS:
+            raise UserError("its parameters are too many")
         sums.read_small(package.folder / "genai_config.json")
         text = card(package.manifest, package.metrics, package.lineage, provider(package.folder))
         if text.encode() != sums.read_small(package.folder / CARD):

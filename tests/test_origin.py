@@ -409,6 +409,15 @@ def a_prompt_that_grows(folder: Path) -> str:
     return "README.md"
 
 
+def parameters_without_end(folder: Path) -> str:
+    def more(lineage: dict) -> None:
+        lineage["quantize"]["params"]["quantize.bits"] = [4] * 200_000
+
+    edit(folder / "lineage.json", more)
+    sum_again(folder)
+    return "README.md"
+
+
 def a_format_that_reads_more(folder: Path) -> str:
     def leak(figures: dict) -> None:
         figures["prompt_template"] = "{prompt.__class__.__init__.__globals__} {0} {adapter}"
@@ -455,7 +464,7 @@ def a_signature_that_is_none(folder: Path) -> str:
     [
         *(a_link, a_linked_folder, a_pipe, a_pipe_for_sums, a_file_more, a_file_less, a_hole),
         *(a_deep_lineage, a_lineage_of_another_form, a_large_card, a_prompt_that_grows),
-        *(a_format_that_reads_more, many_libraries, many_files),
+        *(a_format_that_reads_more, parameters_without_end, many_libraries, many_files),
         *(a_signature_of_any_size, a_signature_that_is_none),
     ],
 )

@@ -47,6 +47,7 @@ def sign(
     try:
         if bool(key) == sigstore:
             raise UserError("give either --key KEY or --sigstore")
+        key = key and key.absolute()
         root, folder = _places(package, project=True)
         with without_gc():
             from tasks import signing
@@ -91,6 +92,7 @@ def verify(
     """
     with Console(stderr=True).status("reading") as status:
         try:
+            key, signature = key and key.absolute(), signature and signature.absolute()
             root, folder = _places(package, project)
             with without_gc():
                 from tasks.origin import verify_package

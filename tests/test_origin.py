@@ -184,6 +184,14 @@ def test_a_signature_is_checked_with_the_key_of_who_made_it(
     assert done.exit_code == 0, done.output
     assert "by the key" in done.output and "no project" in done.output
     assert json.loads((package / SIGNATURE).read_text())["dsseEnvelope"]
+    aside = package.parent / "aside.sig"
+    (package / SIGNATURE).rename(aside)
+    asked = ("verify", "package", "--key", os.path.relpath(keys.public, package.parent))
+    done = typed(*asked, cwd=package.parent)
+    assert done.exit_code == 1 and "model.sig: not signed" in done.output
+    done = typed(*asked, "--signature", "aside.sig", cwd=package.parent)
+    assert done.exit_code == 0, done.output
+    aside.rename(package / SIGNATURE)
     done = typed("verify", str(package), "--key", str(keys.other), cwd=package.parent)
     assert done.exit_code == 1 and "model.sig: is no signature of this" in done.output
     done = typed("verify", str(package), "--signed", cwd=package.parent)
@@ -192,6 +200,14 @@ def test_a_signature_is_checked_with_the_key_of_who_made_it(
     assert done.exit_code == 1 and "not a public key" in done.output
     done = typed("verify", str(package / "no"), cwd=package.parent)
     assert done.exit_code == 1 and "no such folder" in done.output
+
+
+def test_paths_are_from_where_one_is(lab: Path, package: Path, keys: Keys) -> None:
+    there = lab / "data"
+    asked = [os.path.relpath(path, there) for path in (package, keys.public)]
+    done = typed("verify", asked[0], "--key", asked[1], "--json", cwd=there)
+    assert done.exit_code == 0, done.output
+    assert {one["verdict"] for one in json.loads(done.stdout)["findings"]} == {"ok"}
 
 
 def test_others_check_it_with_the_library_alone(package: Path, keys: Keys) -> None:

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from stages.redact import without_secrets
 from stages.stage import PACKAGE, new_output
 from stages.sums import SIGNATURE, SUMS
 
+DIGESTS = re.compile(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'")  # as Python's bytes
 PASSWORD = "OLIVEPRESS_SIGNING_PASSWORD"  # environment variable: of the private key, if it has one
 
 
@@ -140,7 +142,7 @@ def _library() -> tuple[Any, Any]:
 def _explained(what: str) -> Iterator[None]:
     """Turn whatever the library makes of keys and bytes that nobody vouches for into one line.
 
-    Its words name files and digests, never a key or a password. What it prints goes to stderr.
+    Its words name files, never a key or a password. What it prints goes to stderr.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -148,5 +150,5 @@ def _explained(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        said = " ".join(without_secrets(str(error)).split())[:2000]
+        said = DIGESTS.sub("", " ".join(without_secrets(str(error)).split()))[:2000]
         raise UserError(f"{what}: {said or type(error).__name__}") from None

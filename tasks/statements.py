@@ -128,23 +128,23 @@ def check_materials(package: Package) -> None:
             say("was changed: its serial number is not that of its content")
         elif package.manifest["writer"] != writer():
             say("written by another version; only its files compared", verdict="not checked")
-        elif found != _bom(package, lasting, base, used).encode():
+        elif found != _bom(package, listed, base, used).encode():
             say(f"is not what follows from {MANIFEST}, {TRACE} and metrics/")
 
 
-def _bom(package: Package, lasting: dict[str, str], base: Any, used: dict[str, str]) -> str:
+def _bom(package: Package, listed: dict[str, str], base: Any, used: dict[str, str]) -> str:
     """What bom.cdx.json should be.
 
     Raises:
         ValueError: too much is listed to be true.
     """
-    if len(lasting) + len(base) + len(used) > MOST_LISTED:
+    if len(listed) + len(base) + len(used) > MOST_LISTED:
         raise ValueError(f"it lists more than {MOST_LISTED} things")
     return bom.write(
         package.manifest,
         metrics=package.metrics,
         lineage=package.lineage,
-        sums=lasting,
+        sums=listed,
         base=base,
         used=used,
     )

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from packaged import make_packaged, publish, work_in_copy
 
-from conftest import sh, typed
+from conftest import REPO, sh, typed
 from stages import bom, sums
 from stages.errors import UserError
 from stages.stage import as_json, commit
@@ -247,6 +247,14 @@ def test_it_is_signed_in_one_of_two_ways(package: Path, keys: Keys, tmp_path: Pa
         assert done.exit_code == 1 and "either --key KEY or --sigstore" in done.output
     done = typed("verify", str(package), "--identity", "me@x.org", cwd=tmp_path)
     assert done.exit_code == 1 and "--identity and --issuer go together" in done.output
+
+
+def test_a_run_does_not_wait_for_the_libraries_of_signing(tmp_path: Path) -> None:
+    code = (
+        "import sys, flows.cli, flows.optimize, flows.publish, tasks.publish.content;"
+        "print({'cyclonedx', 'model_signing', 'sigstore', 'OpenSSL'} & set(sys.modules))"
+    )
+    assert sh("python", "-c", code, cwd=tmp_path, PYTHONPATH=str(REPO)).stdout.strip() == "set()"
 
 
 # Tampering.

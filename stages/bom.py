@@ -60,7 +60,7 @@ def write(
     from cyclonedx.output import make_outputter
     from cyclonedx.schema import OutputFormat, SchemaVersion
 
-    datasets = data_of(manifest, lineage)
+    datasets = data_of(lineage)
     model = _model(manifest, base)
     taught = set(manifest["adapters"].values())
     files = [_file(name, {"SHA-256": sums[name]}, model=name in taught) for name in sums]
@@ -114,22 +114,25 @@ def read(written: dict[str, Any]) -> tuple[dict[str, str], dict[str, dict], dict
     )
 
 
-def data_of(manifest: dict[str, Any], lineage: dict[str, dict]) -> dict[str, dict[str, Any]]:
-    """Each data file that a stage read: path -> `hashes` by algorithm and the stages, `used_by`."""
-    keys = {"fetch": "base.path", "quantize": "quantize.calibration_data"}
+def data_of(lineage: dict[str, dict]) -> dict[str, dict[str, Any]]:
+    """Each data file that a stage read: path -> `hashes` by algorithm, and stages, `used_by`.
+
+    That is what no stage made and is no code. A folder, with a digest of its listing, is no data
+    file either: of base.source local it is the base model.
+    """
+    made = [out for entry in lineage.values() for out in entry.get("outs", {})]
     found: dict[str, dict[str, Any]] = {}
     for stage, entry in lineage.items():
-        kind, _, adapter = stage.partition("@")
-        key = keys.get(kind, "evaluate.text")
-        path = manifest["data"][adapter] if kind == "prepare" else entry.get("params", {}).get(key)
-        digest = entry.get("deps", {}).get(path, "")
-        if not path or digest.endswith(".dir") or not digest:
-            continue  # a folder is no data file: of base.source local it is the base model
-        md5 = digest.removeprefix("md5:")
-        about = found.setdefault(path, {"hashes": {"MD5": md5}, "used_by": []})
-        about["used_by"].append(stage)
-        if sha := ((entry.get("record") or {}).get("data") or {}).get(path):
-            about["hashes"]["SHA-256"] = sha
+        sha256 = (entry.get("record") or {}).get("data") or {}
+        for path, digest in entry.get("deps", {}).items():
+            inside = any(path == out or path.startswith(f"{out}/") for out in made)
+            if inside or path.endswith((".py", ".lock")) or digest.endswith(".dir"):
+                continue
+            hashes = {"MD5": digest.removeprefix("md5:")}
+            about = found.setdefault(path, {"hashes": hashes, "used_by": []})
+            about["used_by"].append(stage)
+            if path in sha256:
+                about["hashes"]["SHA-256"] = sha256[path]
     return found
 
 

@@ -121,6 +121,8 @@ def check_belongs(signature: Path, folder: Path, wanted: dict[str, str]) -> None
         payload = json.loads(sums.read_small(signature))["dsseEnvelope"]["payload"]
         resources = json.loads(base64.b64decode(payload))["predicate"]["resources"]
         signed = {one["name"]: one["digest"] for one in resources}
+    except UserError as error:
+        raise UserError(f"{signature}: {error}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{signature}: not a signature of a model") from None
     if signed != wanted | {SUMS: sums.sha256(folder / SUMS)}:

@@ -112,6 +112,8 @@ def verify(
             )
         except UserError as error:
             stop(str(error))
+        except KeyboardInterrupt:
+            stop("stopped; nothing was changed", 130)
     _show(folder, findings, as_json)
 
 

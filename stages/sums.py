@@ -14,6 +14,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -198,23 +199,20 @@ def _listed(folder: Path, problems: dict[str, str]) -> Iterator[tuple[str, int]]
     while todo:
         here = todo.pop()
         try:
-            entries = list(_first(os.scandir(here), MOST_FILES + 1 - count))
+            with os.scandir(here) as found:
+                entries = list(islice(found, MOST_FILES + 1 - count))
+            modes = [(entry, entry.stat(follow_symlinks=False)) for entry in entries]
         except OSError as error:
             raise UserError(f"{shown(str(here))} cannot be read: {error.strerror}") from None
         count += len(entries)
         if count > MOST_FILES:
             raise UserError(f"the folder has more than {MOST_FILES} files")
-        for entry in entries:
+        for entry, about in modes:
             name = Path(entry.path).relative_to(folder).as_posix()
-            found = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(found.st_mode):
+            if stat.S_ISDIR(about.st_mode):
                 todo.append(Path(entry.path))
-            elif stat.S_ISREG(found.st_mode):
-                yield name, found.st_size
+            elif stat.S_ISREG(about.st_mode):
+                yield name, about.st_size
             else:
-                link = stat.S_ISLNK(found.st_mode)
+                link = stat.S_ISLNK(about.st_mode)
                 problems[name] = "is a symbolic link" if link else "is not a regular file"
-
-
-def _first(entries: Iterator[os.DirEntry[str]], most: int) -> Iterator[os.DirEntry[str]]:
-    return (entry for _, entry in zip(range(most), entries, strict=False))

@@ -13,7 +13,6 @@ import base64
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from stages.redact import without_secrets
 from stages.stage import PACKAGE, new_output
 from stages.sums import SIGNATURE, SUMS
 
-DIGESTS = re.compile(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'")  # as Python's bytes
 PASSWORD = "OLIVEPRESS_SIGNING_PASSWORD"  # environment variable: of the private key, if it has one
 
 
@@ -107,8 +105,19 @@ def check(folder: Path, signature: Path, trusted: Trusted) -> None:
     else:
         with _explained("Sigstore's own keys cannot be had"):
             config.use_sigstore_verifier(identity=trusted.identity, oidc_issuer=trusted.issuer)
-    with _explained("is no signature of this package by whom it should be"):
-        config.verify(folder, signature)
+    with _explained("is no signature by whom it should be"):
+        try:
+            config.verify(folder, signature)
+        except ValueError as error:
+            if "Signature mismatch" not in str(error):  # which it says when all else is right
+                raise
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            here = {path.relative_to(folder).as_posix(): sums.sha256(path) for path in files}
+            here.pop(SIGNATURE, None)
+            signed = _signed(signature)
+            names = sorted(n for n in signed.keys() | here if signed.get(n) != here.get(n))
+            said = ", ".join(map(sums.shown, names[:20]))
+            raise UserError(f"is by whom it should be, and not of these files: {said}") from None
 
 
 def check_belongs(signature: Path, folder: Path, wanted: dict[str, str]) -> None:
@@ -117,19 +126,23 @@ def check_belongs(signature: Path, folder: Path, wanted: dict[str, str]) -> None
     Raises:
         UserError: it is of another, such as the one that was here before.
     """
-    try:
-        payload = json.loads(sums.read_small(signature))["dsseEnvelope"]["payload"]
-        resources = json.loads(base64.b64decode(payload))["predicate"]["resources"]
-        signed = {one["name"]: one["digest"] for one in resources}
-    except UserError as error:
-        raise UserError(f"{signature}: {error}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{signature}: not a signature of a model") from None
-    if signed != wanted | {SUMS: sums.sha256(folder / SUMS)}:
+    if _signed(signature) != wanted | {SUMS: sums.sha256(folder / SUMS)}:
         raise UserError(
             f"{signature}: is of another package than {folder}; sign again with olivepress sign, "
             "or remove it"
         )
+
+
+def _signed(signature: Path) -> dict[str, str]:
+    """What a signature says that it is of: name -> SHA-256 in hex."""
+    try:
+        payload = json.loads(sums.read_small(signature))["dsseEnvelope"]["payload"]
+        resources = json.loads(base64.b64decode(payload))["predicate"]["resources"]
+        return {one["name"]: one["digest"] for one in resources}
+    except UserError as error:
+        raise UserError(f"{signature}: {error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{signature}: not a signature of a model") from None
 
 
 def _library() -> tuple[Any, Any]:
@@ -152,5 +165,5 @@ def _explained(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        said = DIGESTS.sub("", " ".join(without_secrets(str(error)).split()))[:2000]
+        said = " ".join(without_secrets(str(error)).split())[:2000]
         raise UserError(f"{what}: {said or type(error).__name__}") from None

@@ -12,7 +12,7 @@ from flows import page, pictures
 from flows.adapter import Section, base_pictures, section
 from flows.pictures import Picture
 from stages import params
-from stages.card import origin
+from stages.card import base_of, origin
 from stages.errors import UserError
 from stages.gates import Gate
 from stages.params import Params
@@ -75,7 +75,7 @@ def render(root: Path, settings: Params, sections: list[Section], common: list[P
     origins = made(root, settings, list(needs))
     return page.render(
         "report.html",
-        model=origin(settings),
+        model=origin(base_of(settings)),
         settings=settings,
         sections=sections,
         common=common,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from stages.params import Params
+from stages.params import REMOTE, Params
 
 NAMES = {
     "base": "base model, PyTorch float32",
@@ -38,46 +40,58 @@ print(tokenizer.decode(generator.get_sequence(0)[len(prompt):]))
 """
 
 
-def write_card(
-    path: Path, params: Params, metrics: dict[str, dict], lineage: dict, provider: str
-) -> None:
-    """Write README.md: YAML front matter as the Hugging Face hub reads it, then Markdown."""
+def card(manifest: dict[str, Any], metrics: dict[str, dict], lineage: dict, provider: str) -> str:
+    """README.md: YAML front matter as the Hugging Face hub reads it, then Markdown.
+
+    It follows from other files of the package alone, so that it can be checked against them.
+    """
     adapters = sorted(metrics)
+    base = manifest["base"]
     front = {
         "library_name": "onnxruntime-genai",
         "pipeline_tag": "text-generation",
         "tags": ["onnx", "onnxruntime-genai", "olive", "lora", *quantization(lineage)],
     }
-    if params.base.source == "hf":
-        front |= {"base_model": params.base.id, "base_model_relation": "quantized"}
+    if base["source"] == "hf":
+        front |= {"base_model": base["id"], "base_model_relation": "quantized"}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---",
-        f"# {origin(params)} with {', '.join(adapters)}",
+        f"# {origin(base)} with {', '.join(adapters)}",
         "A quantized ONNX model for onnxruntime-genai with LoRA adapters, each of which can be "
-        "switched on for a call. `lineage.json` says what each part was made from, and "
-        "`sha256sum -c SHA256SUMS` whether all is there.",
+        "switched on for a call. `lineage.json` and `bom.cdx.json` say what each part was made "
+        "from, and `sha256sum -c SHA256SUMS` whether all is there.",
         "## Use",
         f"`pip install {genai(provider, lineage)}`, then in this folder:",
         f"```python\n{snippet(adapters[0], metrics[adapters[0]])}```",
-        *(section(name, metrics[name], lineage, params) for name in adapters),
+        *(section(name, metrics[name], lineage, manifest["data"][name]) for name in adapters),
         "## Parameters",
         f"```yaml\n{yaml.safe_dump(parameters(lineage), sort_keys=True)}```",
         "## Licence",
         "The base model's licence holds for this package too, and so do the terms of the data that "
         "the adapters were taught with.",
     ]
-    path.write_text("\n\n".join(parts) + "\n", "utf-8")
+    return "\n\n".join(parts) + "\n"
 
 
-def origin(params: Params) -> str:
-    """The base model in a few words."""
+def base_of(params: Params) -> dict[str, str | None]:
+    """Where the base model is from, with no folder of the user's."""
     base = params.base
     return {
+        "source": base.source,
+        "id": base.id if base.source in REMOTE else portable(base.path),
+        "revision": base.revision if base.source in REMOTE else None,
+    }
+
+
+def origin(base: Mapping[str, str | None]) -> str:
+    """The base model, as `base_of` has it, in a few words."""
+    name = str(base["id"])
+    return {
         "builtin": "The built-in base model",
-        "local": Path(base.path).name,
-        "hf": f"{base.id} at {(base.revision or '')[:12]}",
-        "azureml": base.id.partition("/models/")[2].replace("/versions/", " version "),
-    }[base.source]
+        "local": Path(name).name,
+        "hf": f"{name} at {(base['revision'] or '')[:12]}",
+        "azureml": name.partition("/models/")[2].replace("/versions/", " version "),
+    }[str(base["source"])]
 
 
 def portable(path: str) -> str:
@@ -100,9 +114,8 @@ def snippet(adapter: str, metrics: dict) -> str:
     return SNIPPET.format(adapter=adapter, prompt=prompt, tokens=64)
 
 
-def section(name: str, metrics: dict, lineage: dict, params: Params) -> str:
+def section(name: str, metrics: dict, lineage: dict, data: str) -> str:
     """One adapter: its data, figures before and after, speed, examples."""
-    data = portable(params.adapters[name].data)
     digest = lineage.get(f"prepare@{name}", {}).get("deps", {}).get(data, "not recorded")
     size = metrics["size_mb"]
     lines = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import shutil
 import time
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from stages.card import portable, write_card
+from stages import bom, sums
+from stages.card import base_of, card, portable
 from stages.errors import UserError
 from stages.fetch import check_space
-from stages.params import REMOTE, Params
+from stages.params import Params
 from stages.stage import (
     ADAPTERS,
     BASE,
@@ -21,6 +23,7 @@ from stages.stage import (
     METRICS,
     ONNX,
     PACKAGE,
+    TOOLCHAIN,
     new_output,
     progress,
     read_json,
@@ -30,9 +33,9 @@ from stages.stage import (
 )
 
 FORMAT = 1
-SUMS = "SHA256SUMS"
-BLOCK = 1 << 20
-PATHS = {"path", "data", "calibration_data"}  # last parts of the parameters that hold one
+CARD, TRACE, MANIFEST = "README.md", "lineage.json", "olivepress.json"
+LOCK = Path("requirements.lock")
+PATHS = {"path", "data", "calibration_data", "text"}  # last parts of parameters that hold one
 
 
 def main(params: Params) -> None:
@@ -42,28 +45,21 @@ def main(params: Params) -> None:
         UserError: no dvc.lock, so that nothing says what the model was made of; too little space;
             the finished package does not run.
     """
-    from stages.generation import provider
-
     started = time.time()
     metrics = {name: read_json(METRICS / f"{name}.json") for name in params.adapters}
     lineage = trace(list(params.adapters))
     sources = files(list(params.adapters))
+    steps = len(sources) + 1
     check_space(PACKAGE.parent, sum(path.stat().st_size for path in sources.values()))
     with new_output(PACKAGE) as out:
-        sums = {}
+        digests = {}
         for done, (name, path) in enumerate(sorted(sources.items()), start=1):
-            sums[name] = copy(path, out / name)
-            progress(done, len(sources) + 1, name)
+            digests[name] = copy(path, out / name)
+            progress(done, steps, name)
         lineage["package"] = {"record": record("package", started)}
-        write_json(out / "olivepress.json", manifest(params, metrics, lineage))
-        write_card(out / "README.md", params, metrics, lineage, provider(ONNX))
-        write_json(out / "lineage.json", lineage)
-        for name in ("olivepress.json", "README.md", "lineage.json"):
-            sums[name] = sha256(out / name)
-        lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
-        (out / SUMS).write_text("".join(lines), "utf-8")
+        describe(out, manifest(params, metrics, lineage), metrics, lineage, digests)
         check(out)
-        progress(len(sources) + 1, len(sources) + 1, "package tried")
+        progress(steps, steps, "package tried")
     size = sum(path.stat().st_size for path in PACKAGE.rglob("*") if path.is_file())
     print(f"{PACKAGE}: {size / 1e6:,.1f} MB, adapters {', '.join(sorted(params.adapters))}")
 
@@ -73,7 +69,66 @@ def files(adapters: list[str]) -> dict[str, Path]:
     found = {path.relative_to(ONNX).as_posix(): path for path in ONNX.rglob("*") if path.is_file()}
     for name in adapters:
         found[f"adapters/{name}.onnx_adapter"] = ADAPTERS / f"{name}.onnx_adapter"
+        found[f"metrics/{name}.json"] = METRICS / f"{name}.json"
     return found | {path.name: path for path in BASE.glob("LICENSE*")}
+
+
+def describe(
+    out: Path,
+    about: dict[str, Any],
+    metrics: dict[str, dict],
+    lineage: dict[str, dict],
+    digests: dict[str, str],
+) -> None:
+    """Write what a package says of itself, and the sums: `digests` has those of what was copied."""
+    from stages.generation import provider
+
+    write_json(out / MANIFEST, about)
+    digests[MANIFEST] = sums.sha256(out / MANIFEST)
+    materials = bom.write(
+        about,
+        metrics=metrics,
+        lineage=lineage,
+        sums={name: digest for name, digest in digests.items() if not volatile(name)},
+        base=base_files(),
+        used=bom.libraries(LOCK.read_text("utf-8"), read_json(TOOLCHAIN)),
+    )
+    (out / bom.BOM).write_text(materials, "utf-8")
+    (out / CARD).write_text(card(about, metrics, lineage, provider(ONNX)), "utf-8")
+    write_json(out / TRACE, lineage)
+    for name in (bom.BOM, CARD, TRACE):
+        digests[name] = sums.sha256(out / name)
+    sums.write(out, digests)
+
+
+def base_files() -> dict[str, dict[str, str]]:
+    """Each file of the base model with its digests, by CycloneDX's names of the algorithms."""
+    found = {}
+    for path in sorted(path for path in BASE.rglob("*") if path.is_file()):
+        print(f"{path}: taking its sums", flush=True)
+        digest = sums.digest(path)
+        name = path.relative_to(BASE).as_posix()
+        found[name] = {"MD5": digest.md5, "SHA-256": digest.sha256}
+    return found
+
+
+def volatile(name: str) -> bool:
+    """Whether a file of a package says when, where, how fast or with which libraries it was made.
+
+    Two packages that differ in nothing else are the same model.
+    """
+    return name in (CARD, TRACE, bom.BOM) or name.startswith("metrics/")
+
+
+def writer() -> str:
+    """What the form of card and bill of materials depends on, as 12 hex digits.
+
+    Only by the same can they be written again and compared.
+    """
+    found = hashlib.sha256(importlib.metadata.version("cyclonedx-python-lib").encode())
+    for name in ("bom.py", "card.py"):
+        found.update(Path(__file__).with_name(name).read_bytes())
+    return found.hexdigest()[:12]
 
 
 def copy(source: Path, target: Path) -> str:
@@ -84,30 +139,24 @@ def copy(source: Path, target: Path) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with source.open("rb") as reader, target.open("wb") as writer:
-        while block := reader.read(BLOCK):
+        while block := reader.read(sums.BLOCK):
             digest.update(block)
             writer.write(block)
     shutil.copymode(source, target)
     return digest.hexdigest()
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def manifest(params: Params, metrics: dict[str, dict], lineage: dict[str, dict]) -> dict:
     """What `stages.generation.Session` and a person need to run the package."""
-    base = params.base
     return {
         "format": FORMAT,
+        "writer": writer(),
         "adapters": {name: f"adapters/{name}.onnx_adapter" for name in params.adapters},
+        "data": {name: portable(adapter.data) for name, adapter in params.adapters.items()},
         # All adapters are taught with prepare.template, so any one's will do.
         "prompt_template": next(iter(metrics.values()))["prompt_template"],
         "base": {
-            "source": base.source,
-            "id": base.id if base.source in REMOTE else portable(base.path),
-            "revision": base.revision if base.source in REMOTE else None,
+            **base_of(params),
             "content": lineage.get("fetch", {}).get("outs", {}).get(BASE.as_posix()),
         },
     }
@@ -154,26 +203,11 @@ def without_folders(params: dict) -> dict:
     return {key: cut(key, value) for key, value in params.items()}
 
 
-def verify(package: Path) -> dict[str, str]:
-    """Check each file of a package against its sum; name -> SHA-256, in hex.
-
-    Raises:
-        UserError: names of the files that are missing, more, or not what was written.
-    """
-    lines = (package / SUMS).read_text("utf-8").splitlines()
-    wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    there = {p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file()} - {SUMS}
-    bad = {name for name in wanted if name not in there or sha256(package / name) != wanted[name]}
-    if bad or there != set(wanted):
-        raise UserError(f"not what was written: {', '.join(sorted(bad | (there ^ set(wanted))))}")
-    return wanted
-
-
 def check(package: Path) -> None:
     """Run the model with and without each adapter, if it runs here.
 
     The sums are not taken again: that would read from memory what was just written. Who takes the
-    package away does (`verify`).
+    package away does (`stages.sums`).
 
     Raises:
         UserError: the model gives no finite scores.

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from stages import params as parameters
 from stages.errors import UserError
+from stages.params import Params
 
 MODELS = Path("models")
 BASE = MODELS / "base"
@@ -35,6 +36,7 @@ PREPARED = Path("data/prepared")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 COMMIT = "OLIVEPRESS_COMMIT"  # environment variable: the JSON of `commit`
+NOT_LOCK = ["--", ":(top)", ":(exclude)dvc.lock"]  # to Git: all files but it
 
 # Libraries whose version can change the bytes of an output. Prefect, DVC and pytest cannot.
 LIBRARIES = [
@@ -143,9 +145,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def as_json(value: object) -> str:
+    """Sorted, indented, with a final newline: equal values are equal text."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: object) -> None:
-    """Sorted, indented, with a final newline: equal values are equal bytes."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    path.write_text(as_json(value), "utf-8")
 
 
 def read_json(path: Path) -> dict:
@@ -194,7 +200,7 @@ def _watched() -> tuple[int, ...]:
 
 
 def commit() -> dict:
-    """Git's commit, and whether tracked files differ from it.
+    """Git's commit, and whether tracked files differ from it, but for dvc.lock, which runs write.
 
     A job on a cluster has no repository: the environment says what it was sent from.
     """
@@ -202,7 +208,7 @@ def commit() -> dict:
         return json.loads(sent_from)
     return {
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", *NOT_LOCK)),
     }
 
 
@@ -236,6 +242,21 @@ def record(stage: str, started: float) -> dict:
     }
 
 
+def data_read(stage: str, params: Params, adapter: str | None) -> dict[str, str]:
+    """SHA-256 of the data file that a stage read, in hex, by its path; DVC records its MD5."""
+    from stages.card import portable
+    from stages.sums import sha256
+
+    path = {
+        "fetch": params.base.path if params.base.source == "builtin" else None,
+        "prepare": params.adapters[adapter].data if adapter else None,
+        "quantize": params.quantize.calibration_data,
+        "measure": params.evaluate.text,
+        "evaluate": params.evaluate.text,
+    }.get(stage)
+    return {portable(path): sha256(Path(path))} if path and Path(path).is_file() else {}
+
+
 def run(main: Callable[..., None], stage: str) -> None:
     """Entry point of a stage module: `main(params)`, or `main(params, adapter)` for one adapter.
 
@@ -258,12 +279,14 @@ def run(main: Callable[..., None], stage: str) -> None:
             if args.adapter not in values.adapters:
                 raise UserError(f"params.yaml: adapters.{args.adapter}: no such adapter")
             main(values, args.adapter)
-            stage = f"{stage}@{args.adapter}"
         else:
             main(values)
         if stage != "package":  # it keeps its record inside the package
-            with new_output(LINEAGE / f"{stage}.json") as out:
-                write_json(out, record(stage, started))
+            adapter = args.adapter if per_adapter else None
+            name = f"{stage}@{adapter}" if adapter else stage
+            with new_output(LINEAGE / f"{name}.json") as out:
+                data = data_read(stage, values, adapter)
+                write_json(out, record(name, started) | {"data": data})
     except UserError as error:
         sys.exit(f"{stage}: {error}")
     except Exception as error:

@@ -347,3 +347,16 @@ def made(root: Path) -> list[Made]:
             for stage in upstream_first
             if stage.outs and all(out.hash_info for out in stage.outs)
         ]
+
+
+def recorded(root: Path, path: str) -> tuple[str, dict[str, str] | None] | None:
+    """What dvc.lock records of an output that is a folder; None if it records nothing.
+
+    Returns:
+        The MD5 of its listing, with `.dir`; and its files with theirs, None if the cache has not
+        the listing.
+    """
+    with opened(root) as repo:
+        outs = [out for stage in stages(repo).values() for out in stage.outs]
+        out = next((out for out in outs if out.def_path == path and out.hash_info), None)
+        return (str(out.hash_info.value), store.listing(out)) if out else None

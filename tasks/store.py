@@ -24,6 +24,7 @@ from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
 from dvc_data.hashfile.db.local import LocalHashFileDB
 from dvc_data.hashfile.hash import file_md5
+from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.tree import Tree
 from dvc_objects.errors import ObjectFormatError
 
@@ -129,10 +130,9 @@ def changed_files(out: Output) -> list[str]:
     """An output, or the files in it, that are no longer what dvc.lock records."""
     if not out.workspace_status():
         return []
-    tree = out.get_obj() if out.exists and out.isdir() else None
-    if not isinstance(tree, Tree):
+    recorded = listing(out) if out.exists and out.isdir() else None
+    if recorded is None:
         return [out.def_path]
-    recorded = {"/".join(key): info.value for key, _, info in tree if info}
     folder = Path(out.fs_path)
     found = {
         path.relative_to(folder).as_posix(): file_md5(str(path))
@@ -141,6 +141,23 @@ def changed_files(out: Output) -> list[str]:
     }
     names = {name for name in recorded.keys() | found if recorded.get(name) != found.get(name)}
     return [f"{out.def_path}/{name}" for name in sorted(names)]
+
+
+def listing(out: Output) -> dict[str, str] | None:
+    """Files of an output that is a folder, with the MD5s that DVC recorded; None if not known."""
+    tree = out.get_obj()
+    if not isinstance(tree, Tree):
+        return None
+    return {"/".join(key): info.value for key, _, info in tree if info}
+
+
+def folder_md5(files: dict[str, str]) -> str:
+    """What DVC records of a folder with these files: name -> MD5 in hex."""
+    tree = Tree()
+    for name, md5 in files.items():
+        tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
+    tree.digest()
+    return str(tree.oid)
 
 
 def remove_gone(repo: Repo, stages: Iterable[str]) -> list[str]:
@@ -182,13 +199,14 @@ def remove_leftovers(repo: Repo) -> list[str]:
     removed = []
     for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
         match = LEFTOVER.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
+        if match and not alive(int(match[1])):
             remove(path)
             removed.append(path.relative_to(root).as_posix())
     return removed
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether there is such a process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

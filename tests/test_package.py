@@ -85,6 +85,7 @@ def project(tmp_path_factory) -> Path:
     values["adapters"] = {name: {"data": str(path)} for name, path in data.items()}
     values["gates"] = dict.fromkeys(values["gates"])
     (project / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    shutil.copy(REPO / "requirements.lock", project)
     (project / "models/base/LICENSE").write_text("MIT\n")
     shutil.copytree(project / "models/base", project / "models/quantized")
     assert run_stage(project, "measure").returncode == 0

@@ -33,7 +33,8 @@ from flows import publish as flows
 from lab import STAGES
 from stages.azure import VARIABLES
 from stages.stage import read_json
-from tasks import bridge
+from stages.sums import SIGNATURE
+from tasks import bridge, signing
 from tasks.publish.content import read
 from tasks.publish.mlflow import Mlflow
 from tasks.publish.request import make
@@ -162,6 +163,15 @@ def test_a_model_and_its_next_version(target: Target, project: Path) -> None:
     change("hello\n")
     assert publish(**target.asked).version == "1"
     assert target.files("1") == package()
+
+
+def test_a_signature_goes_along(target: Target, project: Path, tmp_path: Path) -> None:
+    curve = ("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
+    sh("openssl", "genpkey", *curve, "-out", "key.pem", cwd=tmp_path)
+    place = signing.sign(project / "models/package", tmp_path / "key.pem", project)
+    done = publish(**target.asked)
+    signed = {**package(), SIGNATURE: place.stat().st_size}
+    assert target.files(done.version) == signed and done.files == len(signed)
 
 
 def test_what_is_told_of_a_version(

@@ -72,10 +72,23 @@ def _share_settings(root: Path, folder: Path) -> None:
     ours = {"cache": {"dir": str(cache)}, "core": {"site_cache_dir": str(folder / ".dvc/tmp/site")}}
     for name, remote in settings["remote"].items():
         ours[f"'remote \"{name}\"'"] = {"url": str(remote["url"])}
-    local.read_dict(ours)
+    _write_settings(local, ours, folder)
+
+
+def _write_settings(
+    local: configparser.ConfigParser, more: dict[str, dict[str, str]], folder: Path
+) -> None:
+    local.read_dict(more)
     place = folder / ".dvc/config.local"
     with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         local.write(file)  # there may be keys in it
+
+
+def have_own_cache(folder: Path) -> None:
+    """Give a workspace an empty cache, so that nothing that was made before is restored."""
+    local = configparser.ConfigParser(interpolation=None, strict=False)
+    local.read(folder / ".dvc/config.local")
+    _write_settings(local, {"cache": {"dir": str(folder / ".dvc/cache")}}, folder)
 
 
 def _bring_data(root: Path, folder: Path) -> None:

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from stages import params
-from stages.card import origin
+from stages.card import base_of, origin
 from stages.errors import UserError
 from stages.gates import check_gates
-from stages.package import SUMS, verify
+from stages.package import volatile
 from stages.stage import METRICS, PACKAGE, read_json
-from tasks import bridge
+from stages.sums import SIGNATURE, SUMS, sha256, verify
+from tasks import bridge, signing
 
-# Of the files of a package, those that say when, where and how fast: two packages that differ in
-# nothing else are the same model.
-VOLATILE = {"README.md", "lineage.json"}
 PREFIX = "olivepress."
 DIGEST = f"{PREFIX}content"
 FIGURES = ("base", "quantized", "onnx_off", "onnx_on", "agreement", "text_perplexity", "size_mb")
@@ -34,9 +32,9 @@ class Content:
     files: dict[str, Path]
     """Name in the package -> path."""
     digest: str
-    """SHA-256 of the sums of all files but the VOLATILE ones, in hex: equal models are equal."""
+    """SHA-256 of the sums of all files but the volatile ones, in hex: equal models are equal."""
     sums: str
-    """SHA-256 of the sums of all files, in hex: equal bytes are equal."""
+    """SHA-256 of the sums of all files, in hex, the signature among them: equal bytes are equal."""
     description: str
     tags: dict[str, str]
     """May change from one publishing of the same model to the next."""
@@ -46,7 +44,7 @@ class Content:
     def check(self) -> None:
         """Raise a UserError if the files are no longer those that were read: before registering."""
         try:
-            same = _digest(verify(self.folder)) == self.sums
+            same = _digest(_all_sums(self.folder, verify(self.folder))) == self.sums
         except (UserError, OSError):
             same = False
         if not same:
@@ -82,18 +80,27 @@ def read(root: Path) -> Content:
         sums = verify(folder)
     except UserError as error:
         raise UserError(f"{PACKAGE}: {error}; run olivepress run") from None
-    digest = _digest({name: sums[name] for name in sums if name not in VOLATILE})
+    digest = _digest({name: sums[name] for name in sums if not volatile(name)})
     lineage = read_json(folder / "lineage.json")
+    files = {name: folder / name for name in [*sums, SUMS]}
+    if signature := signing.of_package(folder):
+        signing.check_belongs(signature, folder, sums)
+        files[SIGNATURE] = signature
     return Content(
         folder=folder,
-        files={name: folder / name for name in [*sums, SUMS]},
+        files=files,
         digest=digest,
-        sums=_digest(sums),
-        description=f"{origin(values)} with {', '.join(sorted(values.adapters))}, "
+        sums=_digest(_all_sums(folder, sums)),
+        description=f"{origin(base_of(values))} with {', '.join(sorted(values.adapters))}, "
         "for onnxruntime-genai, made by Olivepress",
         tags=_tags(lineage),
         properties=_properties(root, values, metrics, lineage, digest),
     )
+
+
+def _all_sums(folder: Path, sums: dict[str, str]) -> dict[str, str]:
+    signature = signing.of_package(folder)
+    return sums | ({SIGNATURE: sha256(signature)} if signature else {})
 
 
 def _digest(sums: dict[str, str]) -> str:

@@ -160,7 +160,7 @@ def torch_logits(model: nn.Module, examples: list[Example]) -> Iterator[np.ndarr
 
 
 def torch_tokens_per_second(model: nn.Module, ids: list[int], tokens: int) -> float:
-    """Greedy tokens a second of a transformers model after a prompt, whose reading is not counted."""
+    """Greedy tokens a second of a transformers model, after it has read a prompt."""
     import torch
 
     x, past = torch.tensor([ids], device=next(model.parameters()).device), None

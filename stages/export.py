@@ -139,6 +139,10 @@ def tidy(out: Path) -> None:
     path = out / "genai_config.json"
     config = json.loads(path.read_text("utf-8"))
     config["search"]["past_present_share_buffer"] = False
+    if not config["model"]["decoder"]["session_options"]["provider_options"]:
+        # As many as there are cores. genai's own choice is half the processors: on 2 cores without
+        # hyper-threads that took 1.4 times as long for a token (benchmarks/NOTES.md).
+        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 0
     stage.write_json(path, config)
 
 

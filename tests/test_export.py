@@ -206,6 +206,8 @@ def test_genai_config(lab):
     assert config["search"]["past_present_share_buffer"] is False
     assert config["model"]["eos_token_id"] == [0, 3]
     assert config["model"]["context_length"] == 256
+    session = config["model"]["decoder"]["session_options"]
+    assert session["intra_op_num_threads"] == 0  # as many as there are cores
 
 
 @pytest.mark.parametrize(("lm_head", "bits"), [("int8", 8), ("int4", 4)])

@@ -94,7 +94,7 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _unmemoized(out: Output) -> LocalHashFileDB:
+def unmemoized(out: Output) -> LocalHashFileDB:
     """The cache of an output without DVC's database of hashes, which a restore fills unread."""
     return LocalHashFileDB(out.cache.fs, out.cache.path)
 
@@ -104,25 +104,34 @@ def as_recorded(out: Output) -> bool:
     if not out.exists:
         return False
     _, _, found = build(
-        _unmemoized(out), out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore
+        unmemoized(out), out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore
     )
     return bool(found.hash_info == out.hash_info)
 
 
-def drop_bad_objects(out: Output) -> None:
+def drop_bad_objects(out: Output) -> bool:
     """Remove the objects of an output from the cache whose bytes are not those of their name.
 
     DVC trusts every object of mode 0444, and never writes one again that is there.
+
+    Returns:
+        Whether there was one.
     """
     if not out.hash_info:
-        return
+        return False
+    bad = False
     objects = [out.hash_info.value]
     tree = out.get_obj()  # None when the listing of a folder cannot be read
     if isinstance(tree, Tree):
         objects += [info.value for _, _, info in tree if info]
     for name in objects:
-        with contextlib.suppress(ObjectFormatError, FileNotFoundError):
-            HashFileDB.check(_unmemoized(out), name)  # LocalHashFileDB's own looks at the mode
+        try:
+            HashFileDB.check(unmemoized(out), name)  # LocalHashFileDB's own looks at the mode
+        except FileNotFoundError:
+            continue
+        except ObjectFormatError:
+            bad = True
+    return bad
 
 
 def changed_files(out: Output) -> list[str]:
@@ -182,13 +191,14 @@ def remove_leftovers(repo: Repo) -> list[str]:
     removed = []
     for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
         match = LEFTOVER.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
+        if match and not alive(int(match[1])):
             remove(path)
             removed.append(path.relative_to(root).as_posix())
     return removed
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

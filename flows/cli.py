@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from flows import fleet, harness, release, share, talk
+from flows import verify as verifying
 from flows.console import Json, console, in_project, print_json, quiet_prefect, stop, without_gc
 from stages.errors import UserError
 
@@ -138,6 +139,7 @@ app.command("lm-eval")(harness.lm_eval)
 app.command()(release.publish)
 app.command()(share.push)
 app.command()(share.pull)
+app.command()(verifying.verify)
 app.command()(fleet.sweep)
 app.command()(fleet.adopt)
 app.command()(fleet.worker)

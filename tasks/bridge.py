@@ -3,8 +3,8 @@
 DVC decides what is stale and does the work; this module asks it stage by stage, and has it run
 commands through `tasks.command`. `tasks.pipeline`, `tasks.need`, `tasks.store` and
 `tasks.integrity` are parts of it. DVC also reads the working directory: be in the project's folder.
-Only `dvc.api` and the command line are public in DVC, so every private name that is used is imported
-in these five; tests/test_bridge.py, tests/test_store.py and tests/test_rot.py pin them.
+Only `dvc.api` and the command line are public in DVC, so every private name that is used is
+imported in these five; tests/test_bridge.py, tests/test_store.py and tests/test_rot.py pin them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from dvc.stage import PipelineStage
 from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
+from dvc.utils.serialize import dumps_yaml
 
 from stages.errors import UserError
-from tasks import integrity, pipeline, store
+from tasks import integrity, pipeline, run_cache, store
 from tasks.command import Job
 from tasks.integrity import Recorded, RunRecord, run_record
 from tasks.need import (
@@ -294,8 +295,6 @@ def _mend(repo: Repo, name: str, job: Job, files: list[str]) -> list[str]:
     """
     root, said = Path(repo.root_dir), []
     with _mending:
-        integrity.doubt(root, files)
-        repo._reset()
         for maker in list(repo.index.graph.successors(stages(repo)[name])):
             theirs = [f for f in files if any(_within(f, out.def_path) for out in maker.outs)]
             if not theirs:
@@ -303,12 +302,14 @@ def _mend(repo: Repo, name: str, job: Job, files: list[str]) -> list[str]:
             files = [f for f in files if f not in theirs]
             how = "restored"
             if pipeline.is_ours(maker):
+                integrity.doubt(root, theirs)
                 inner = _here.job = Job(job.on_line, job.limit_seconds, job.env)
                 inner.turn = gpu.turn(maker.name)
                 _bring_up_to_date(repo, maker.name, inner, None, None)
                 how = "made again" if inner.process else how
             else:
-                _restore_data(repo, maker)
+                _restore_data(repo, maker, theirs)
+            repo._reset()  # what it read of files is old
             said.append(f"{', '.join(theirs)} was damaged: {how}")
             job.on_line(said[-1])
     if files:
@@ -323,16 +324,19 @@ def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(f"{folder}/")
 
 
-def _restore_data(repo: Repo, stage: Any) -> None:
+def _restore_data(repo: Repo, stage: Any, files: list[str]) -> None:
     """Bring back data of a `.dvc` file from the cache.
 
     Raises:
         UserError: the cache has no sound copy.
     """
     for out in stage.outs:
-        store.drop_bad_objects(out)
-        if out.changed_cache():
-            raise UserError(f"{out} is damaged, and the cache has no sound copy: olivepress pull")
+        if store.drop_bad_objects(out) or out.changed_cache():
+            raise UserError(
+                f"{', '.join(files)}: damaged, and the cache has no sound copy: "
+                "olivepress verify --repair"
+            )
+        integrity.doubt(Path(repo.root_dir), files)  # not before: it would pass for an edit
         repo.checkout(targets=[out.fs_path], force=True)
 
 
@@ -397,6 +401,88 @@ def _put_back(root: Path, name: str) -> None:
             if not store.as_recorded(out):
                 store.drop_bad_objects(out)
                 out.remove()
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a project's records say: dvc.lock, `.dvc` files and the run-cache."""
+
+    cache: Path
+    """DVC's: files/md5/??/* and runs/??/*/*."""
+    tmp: Path
+    """DVC's folder for what is no part of the project."""
+    files: list[Recorded]
+    runs: list[RunRecord]
+    at_work: set[int]
+    """Process ids of runs and `dvc` commands that hold parts of the project now."""
+
+
+def records(root: Path) -> Records:
+    """What should be in the workspace and in the cache.
+
+    Raises:
+        UserError: dvc.yaml or dvc.lock is not valid.
+    """
+    with opened(root) as repo:
+        cache = Path(repo.cache.local_cache_dir)
+        return Records(
+            cache,
+            Path(repo.tmp_dir),
+            integrity.recorded(repo, stages(repo).values()),
+            [run_record(path) for path in run_cache.records(cache)],
+            integrity.at_work(repo),
+        )
+
+
+def run_name(entry: dict[str, Any]) -> tuple[str, str]:
+    """The two names of a record of the run-cache, of an entry of dvc.lock: KEY and VALUE."""
+    return _get_cache_hash(dict(entry), key=True), _get_cache_hash(entry)
+
+
+def record_text(entry: dict[str, Any]) -> str:
+    """An entry of dvc.lock as DVC writes it to the run-cache."""
+    return str(dumps_yaml(entry))
+
+
+def make_again(
+    root: Path, name: str, on_line: Callable[[str], None], limit_seconds: float
+) -> Callable[[], bool]:
+    """Run a stage for objects that are nowhere any more, as bytes may well come out the same.
+
+    Returns:
+        To be called when they did: it puts dvc.lock and all outputs back as they were, records of
+        when and how fast included. Says whether it could.
+
+    Raises:
+        UserError: what the stage reads is no longer what dvc.lock records.
+        StageFailed: as `reproduce`.
+    """
+    with opened(root) as repo:
+        stage = stages(repo)[name]
+        if changed := inputs_changed(stage) or (outdated(stage) and ["libraries changed"]):
+            raise UserError(f"{name} would now make something else: {'; '.join(changed)}")
+        paths = [out.fs_path for out in stage.outs]
+        before = (root / "dvc.lock").read_bytes()
+    reproduce(root, name, on_line, limit_seconds)
+
+    def put_back() -> bool:
+        with opened(root) as repo:
+            after = (root / "dvc.lock").read_bytes()
+            with lock_repo(repo):
+                store.replace(root / "dvc.lock", before)
+            repo._reset()
+            try:
+                repo.checkout(targets=paths, force=True)
+                if all(store.as_recorded(out) for out in stages(repo)[name].outs):
+                    return True
+            except DvcException:
+                pass
+            store.replace(root / "dvc.lock", after)
+            repo._reset()
+            repo.checkout(targets=paths, force=True)
+            return False
+
+    return put_back
 
 
 def _run_command(executable: str | None, cmd: str, **kwargs: Any) -> None:

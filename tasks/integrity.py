@@ -63,9 +63,7 @@ def _changed_unseen(dep: Output) -> set[str]:
 
 
 def _hashes(dep: Output, db: HashFileDB) -> dict[str, str]:
-    _, _, found = build(
-        db, dep.fs_path, dep.fs, dep.hash_name, dry_run=True, ignore=dep.dvcignore
-    )
+    _, _, found = build(db, dep.fs_path, dep.fs, dep.hash_name, dry_run=True, ignore=dep.dvcignore)
     if not isinstance(found, Tree):
         return {dep.def_path: str(found.hash_info.value)}
     return {"/".join((dep.def_path, *key)): str(info.value) for key, _, info in found if info}
@@ -139,8 +137,10 @@ def run_record(path: Path) -> RunRecord:
     return RunRecord(path, None)
 
 
-def _load_record(cache: StageCache, key: str, value: str) -> Any:
+def _load_record(cache: StageCache, key: str, value: str | None) -> Any:
     """Take the place of DVC's `StageCache._load_cache`, which believes what it can parse."""
+    if value is None:  # a folder without records, with which DVC fails
+        return None
     path = Path(cache._get_cache_path(key, value))
     if path.exists() and not run_record(path).entry:
         path.unlink(missing_ok=True)

@@ -48,6 +48,16 @@ def _dump_whole(path: Any, *args: Any, **kwargs: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file as a whole: who reads it meanwhile sees the one before or this one."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _one_at_a_time(schema: Callable[[T], T]) -> Callable[[T], T]:
     """Validate dvc.yaml in one thread at a time.
 

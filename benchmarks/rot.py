@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tasks import bridge
+from tasks import bridge, integrity
 from tasks.content import objects
 from tasks.repair import repair
 from tasks.verify import check
@@ -68,7 +68,7 @@ FAULTS = {fault.__name__: fault for fault in (flip, truncate, swap, delete)}
 
 def files(root: Path) -> dict[str, list[Path]]:
     """What is recorded, by kind: outputs, inputs, objects and records of the cache."""
-    found = bridge.records(root)
+    found = integrity.records(root)
     recorded = [(one.maker, root / name) for one in found.files for name in one.there]
     kinds = {
         "output": [path for maker, path in recorded if maker],

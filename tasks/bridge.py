@@ -28,12 +28,10 @@ from dvc.stage import PipelineStage
 from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
-from dvc.utils.serialize import dumps_yaml
 
 from stages.errors import UserError
-from tasks import integrity, pipeline, run_cache, store
+from tasks import integrity, pipeline, store
 from tasks.command import Job
-from tasks.integrity import Recorded, RunRecord, run_record
 from tasks.need import (
     Action,
     Inputs,
@@ -105,7 +103,7 @@ class Flight(Protocol):
 
 
 _here = threading.local()  # .job: what this thread does for a stage; .check: of what it reads
-_mending = threading.Lock()  # two stages may read the same damaged file
+_mending = threading.RLock()  # two stages may read the same damaged file
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -255,12 +253,12 @@ def _bring_up_to_date(
         reasons = [*found, *need.reasons]
     key = _key_now(stage) if flight and need.action == "run" else None
     if not flight or not key:
-        return reasons + _do(repo, name, job, elsewhere)
+        return _do(repo, name, job, elsewhere) + reasons
     with flight.turn(name, key) as turn:
         repo._reset()  # what it read of the cache is old
         unfit = _do(repo, name, job, elsewhere)
         turn.ran = bool(job.process)
-    return reasons + unfit
+    return unfit + reasons
 
 
 def _key_now(stage: PipelineStage) -> str | None:
@@ -308,7 +306,7 @@ def _mend(repo: Repo, name: str, job: Job, files: list[str]) -> list[str]:
                 _bring_up_to_date(repo, maker.name, inner, None, None)
                 how = "made again" if inner.process else how
             else:
-                _restore_data(repo, maker, theirs)
+                integrity.restore_data(repo, maker, theirs)
             repo._reset()  # what it read of files is old
             said.append(f"{', '.join(theirs)} was damaged: {how}")
             job.on_line(said[-1])
@@ -322,22 +320,6 @@ def _mend(repo: Repo, name: str, job: Job, files: list[str]) -> list[str]:
 
 def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(f"{folder}/")
-
-
-def _restore_data(repo: Repo, stage: Any, files: list[str]) -> None:
-    """Bring back data of a `.dvc` file from the cache.
-
-    Raises:
-        UserError: the cache has no sound copy.
-    """
-    for out in stage.outs:
-        if store.drop_bad_objects(out) or out.changed_cache():
-            raise UserError(
-                f"{', '.join(files)}: damaged, and the cache has no sound copy: "
-                "olivepress verify --repair"
-            )
-        integrity.doubt(Path(repo.root_dir), files)  # not before: it would pass for an edit
-        repo.checkout(targets=[out.fs_path], force=True)
 
 
 def _restore_or_run(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[str]:
@@ -401,47 +383,6 @@ def _put_back(root: Path, name: str) -> None:
             if not store.as_recorded(out):
                 store.drop_bad_objects(out)
                 out.remove()
-
-
-@dataclass(frozen=True)
-class Records:
-    """What a project's records say: dvc.lock, `.dvc` files and the run-cache."""
-
-    cache: Path
-    """DVC's: files/md5/??/* and runs/??/*/*."""
-    tmp: Path
-    """DVC's folder for what is no part of the project."""
-    files: list[Recorded]
-    runs: list[RunRecord]
-    at_work: set[int]
-    """Process ids of runs and `dvc` commands that hold parts of the project now."""
-
-
-def records(root: Path) -> Records:
-    """What should be in the workspace and in the cache.
-
-    Raises:
-        UserError: dvc.yaml or dvc.lock is not valid.
-    """
-    with opened(root) as repo:
-        cache = Path(repo.cache.local_cache_dir)
-        return Records(
-            cache,
-            Path(repo.tmp_dir),
-            integrity.recorded(repo, stages(repo).values()),
-            [run_record(path) for path in run_cache.records(cache)],
-            integrity.at_work(repo),
-        )
-
-
-def run_name(entry: dict[str, Any]) -> tuple[str, str]:
-    """The two names of a record of the run-cache, of an entry of dvc.lock: KEY and VALUE."""
-    return _get_cache_hash(dict(entry), key=True), _get_cache_hash(entry)
-
-
-def record_text(entry: dict[str, Any]) -> str:
-    """An entry of dvc.lock as DVC writes it to the run-cache."""
-    return str(dumps_yaml(entry))
 
 
 def make_again(

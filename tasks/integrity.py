@@ -25,8 +25,10 @@ from dvc_data.hashfile.db import HashFileDB
 from dvc_data.hashfile.tree import Tree
 from ruamel.yaml import YAMLError
 
+from stages.errors import UserError
 from stages.stage import read_json
-from tasks import store
+from tasks import run_cache, store
+from tasks.pipeline import opened, stages
 
 
 class Damaged(DvcException):
@@ -73,6 +75,22 @@ def doubt(root: Path, files: Iterable[str]) -> None:
     """Have DVC read files again that it takes for unchanged."""
     for name in files:
         os.utime(root / name)
+
+
+def restore_data(repo: Repo, stage: Any, files: list[str]) -> None:
+    """Bring back data of a `.dvc` file from the cache.
+
+    Raises:
+        UserError: the cache has no sound copy.
+    """
+    for out in stage.outs:
+        if store.drop_bad_objects(out) or out.changed_cache():
+            raise UserError(
+                f"{', '.join(files)}: damaged, and the cache has no sound copy: "
+                "olivepress verify --repair"
+            )
+        doubt(Path(repo.root_dir), files)  # not before: it would pass for an edit
+        repo.checkout(targets=[out.fs_path], force=True)
 
 
 def keep(stage: PipelineStage) -> list[str]:
@@ -166,7 +184,7 @@ class Recorded:
     """Its files that are here, by path in the project: the MD5 that DVC takes for granted."""
 
 
-def recorded(repo: Repo, ours: Iterable[PipelineStage]) -> list[Recorded]:
+def _all_recorded(repo: Repo, ours: Iterable[PipelineStage]) -> list[Recorded]:
     """All that is recorded: outputs of stages and tracked data, then what else stages read."""
     outs = [out for out in repo.index.outs if out.protocol == "local" and out.hash_info]
     found = [_recorded(repo, out, out.stage.addressing) for out in outs]
@@ -197,7 +215,7 @@ def _recorded(repo: Repo, out: Output, maker: str | None) -> Recorded:
     return Recorded(path, maker, str(out.hash_info.value), out.meta.size, cached, there)
 
 
-def at_work(repo: Repo) -> set[int]:
+def _at_work(repo: Repo) -> set[int]:
     """Other processes that hold paths of the project: runs, `dvc` commands."""
     try:
         held = read_json(Path(repo.tmp_dir) / RWLOCK_FILE)
@@ -206,3 +224,44 @@ def at_work(repo: Repo) -> set[int]:
     readers = [one for infos in held.get("read", {}).values() for one in infos]
     pids = {int(one["pid"]) for one in [*held.get("write", {}).values(), *readers]}
     return {pid for pid in pids - {os.getpid()} if store.alive(pid)}
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a project's records say: dvc.lock, `.dvc` files and the run-cache."""
+
+    cache: Path
+    """DVC's: files/md5/??/* and runs/??/*/*."""
+    tmp: Path
+    """DVC's folder for what is no part of the project."""
+    files: list[Recorded]
+    runs: list[RunRecord]
+    at_work: set[int]
+    """Process ids of runs and `dvc` commands that hold parts of the project now."""
+
+
+def records(root: Path) -> Records:
+    """What should be in the workspace and in the cache.
+
+    Raises:
+        UserError: dvc.yaml or dvc.lock is not valid.
+    """
+    with opened(root) as repo:
+        cache = Path(repo.cache.local_cache_dir)
+        return Records(
+            cache,
+            Path(repo.tmp_dir),
+            _all_recorded(repo, stages(repo).values()),
+            [run_record(path) for path in run_cache.records(cache)],
+            _at_work(repo),
+        )
+
+
+def run_name(entry: dict[str, Any]) -> tuple[str, str]:
+    """The two names of a record of the run-cache, of an entry of dvc.lock: KEY and VALUE."""
+    return _get_cache_hash(dict(entry), key=True), _get_cache_hash(entry)
+
+
+def record_text(entry: dict[str, Any]) -> str:
+    """An entry of dvc.lock as DVC writes it to the run-cache."""
+    return str(dumps_yaml(entry))

@@ -23,7 +23,7 @@ from typing import Any
 
 from stages.errors import UserError
 from stages.redact import without_secrets
-from tasks import bridge, verify
+from tasks import bridge, integrity, verify
 from tasks.content import object_path, objects, read
 from tasks.dvc_command import Dvc, NoAnswer, Progress, explain, overrule
 from tasks.run_cache import cached, contents, earlier, named, outputs, records
@@ -135,7 +135,7 @@ def _check_sent(link: Link, stages: list[str] | None) -> None:
         }
     held = read(paths, link.dvc.on_progress)
     bad = [path for path, content in held.items() if not content.names(path)]
-    bad += [path for path in records(cache) if not bridge.run_record(path).entry]
+    bad += [path for path in records(cache) if not integrity.run_record(path).entry]
     if bad:
         found = {found.path: found for found in verify.check(root).findings}
         named = {
@@ -152,7 +152,7 @@ def _check_sent(link: Link, stages: list[str] | None) -> None:
 
 def _drop_bad_records(cache: Path) -> list[Path]:
     """Remove records of the run-cache that arrived damaged; DVC has no hash of them to check."""
-    bad = [path for path in records(cache) if not bridge.run_record(path).entry]
+    bad = [path for path in records(cache) if not integrity.run_record(path).entry]
     for path in bad:
         path.unlink(missing_ok=True)
     return bad

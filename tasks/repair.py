@@ -17,7 +17,7 @@ from typing import Any
 
 from stages import params
 from stages.errors import UserError
-from tasks import bridge, git, remote
+from tasks import bridge, git, integrity, remote
 from tasks.content import Content, Progress, listing, md5_of, object_path, read
 from tasks.verify import Finding, Look, Report, check, look
 
@@ -244,15 +244,15 @@ def _mend_records(work: _Work) -> None:
     bad = {one.path for one in work.now.report.findings if one.kind == "record"}
     if not bad:
         return
-    entries = {bridge.run_name(made.entry): made.entry for made in bridge.made(work.now.root)}
+    entries = {integrity.run_name(made.entry): made.entry for made in bridge.made(work.now.root)}
     for run in work.now.records.runs:
         name = next((name for name in bad if work.now.root / name == run.path), None)
-        if name is None or bridge.run_record(run.path).entry != run.entry:
+        if name is None or integrity.run_record(run.path).entry != run.entry:
             continue  # sound, or fetched
         entry = entries.get((run.path.parent.name, run.path.name)) or _resized(work, run.entry)
         work.set_aside(name, run.path)
         if entry:
-            run.path.write_text(bridge.record_text(entry), "utf-8")
+            run.path.write_text(integrity.record_text(entry), "utf-8")
             work.say(name, "written again")
         else:
             work.say(name, "of an earlier run: removed; what it named is computed if asked for")
@@ -268,7 +268,7 @@ def _resized(work: _Work, entry: dict[str, Any] | None) -> dict[str, Any] | None
     return entry
 
 
-def _outputs(work: _Work) -> list[bridge.Recorded]:
+def _outputs(work: _Work) -> list[integrity.Recorded]:
     """The outputs and tracked data of which something was found."""
     bad = {one.path for one in work.now.report.findings if one.kind == "output"}
     return [
@@ -278,7 +278,7 @@ def _outputs(work: _Work) -> list[bridge.Recorded]:
     ]
 
 
-def _restore(work: _Work, one: bridge.Recorded) -> bool:
+def _restore(work: _Work, one: integrity.Recorded) -> bool:
     """Put the files of an output back that are not as recorded; whether all could be."""
     root, files = work.now.root, {one.path: one.md5}
     if one.md5.endswith(".dir"):
@@ -310,7 +310,7 @@ def _has(work: _Work, md5: str) -> bool:
 
 
 def _lost_stages(
-    work: _Work, lost: set[str], failed: dict[str, bridge.Recorded]
+    work: _Work, lost: set[str], failed: dict[str, integrity.Recorded]
 ) -> dict[str, list[str]]:
     """Stages that have to run for what is lost, upstream first, with the hashes to get back."""
     needs: dict[str, list[str]] = {}
@@ -322,7 +322,7 @@ def _lost_stages(
 
 
 def _make_again(
-    work: _Work, stage: str, wanted: list[str], failed: dict[str, bridge.Recorded]
+    work: _Work, stage: str, wanted: list[str], failed: dict[str, integrity.Recorded]
 ) -> None:
     """Run a stage whose outputs are nowhere sound; what comes out alike is as it was before."""
     root, settings = work.now.root, params.load(work.now.root / "params.yaml").run

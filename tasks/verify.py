@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks import bridge
+from stages.errors import UserError
+from tasks import integrity
 from tasks.content import Content, Progress, listing_hash, object_path, objects, read
 
 Kind = Literal["output", "input", "object", "record"]
@@ -63,7 +64,7 @@ class Look:
     """One look at everything; `tasks.repair` needs what the report leaves out."""
 
     root: Path
-    records: bridge.Records
+    records: integrity.Records
     held: dict[Path, Content]
     listings: dict[str, dict[str, str]]
     """Of folders, by hash with `.dir`: name in the folder -> MD5. Those that can be had."""
@@ -95,7 +96,7 @@ def check(root: Path, on_progress: Progress = lambda done, total, note: None) ->
         on_progress: called with bytes done, bytes in all and a note, from several threads.
 
     Raises:
-        UserError: dvc.yaml or dvc.lock is not valid.
+        UserError: dvc.lock is missing; it or dvc.yaml is not valid.
     """
     return look(root, on_progress).report
 
@@ -103,7 +104,9 @@ def check(root: Path, on_progress: Progress = lambda done, total, note: None) ->
 def look(root: Path, on_progress: Progress = lambda done, total, note: None) -> Look:
     """As `check`, with what was read."""
     started = time.monotonic()
-    records = bridge.records(root)
+    if not (root / "dvc.lock").exists():
+        raise UserError(f"{root / 'dvc.lock'} is not there: olivepress run writes it")
+    records = integrity.records(root)
     files = {root / name for one in records.files for name in one.there}
     kept = set(objects(records.cache))
     held = read(files | kept, on_progress)
@@ -169,7 +172,7 @@ def present(now: Look, path: str) -> dict[str, str]:
     return {name.removeprefix(f"{path}/"): now.held[now.root / name].md5 for name in there}
 
 
-def _check_output(now: Look, one: bridge.Recorded) -> None:
+def _check_output(now: Look, one: integrity.Recorded) -> None:
     if not one.md5.endswith(".dir"):
         expected = {one.path: one.md5}
     elif not one.there:
@@ -186,7 +189,7 @@ def _check_output(now: Look, one: bridge.Recorded) -> None:
         now.found("output", name, "extra", of=[one.maker], note=note)
 
 
-def _compare(now: Look, one: bridge.Recorded, name: str, md5: str) -> None:
+def _compare(now: Look, one: integrity.Recorded, name: str, md5: str) -> None:
     maker, believed = one.maker or "", one.there.get(name)
     content = now.held.get(now.root / name) if name in one.there else None
     if content is None:
@@ -219,7 +222,7 @@ def _differs(now: Look, content: Content, md5: str) -> tuple[What, str]:
     return "damaged", ""
 
 
-def _check_input(now: Look, one: bridge.Recorded) -> None:
+def _check_input(now: Look, one: integrity.Recorded) -> None:
     """An input that nothing makes may be edited; not so when DVC takes it for unchanged."""
     unseen = False
     for name, believed in one.there.items():
@@ -234,7 +237,7 @@ def _check_input(now: Look, one: bridge.Recorded) -> None:
         now.report.stale.append(one.path)
 
 
-def _hash_of(now: Look, one: bridge.Recorded) -> str:
+def _hash_of(now: Look, one: integrity.Recorded) -> str:
     if one.path in one.there:
         return now.held[now.root / one.path].md5
     return listing_hash(present(now, one.path))

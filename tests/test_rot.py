@@ -6,13 +6,14 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 from benchmarks.rot import FAULTS, content, files, flip, trial, written
-from conftest import sh, typed
+from conftest import BIN, sh, typed
 from lab import commit
 from stages.errors import UserError
 from tasks import bridge, overrides, remote
@@ -233,6 +234,32 @@ def test_data_that_nothing_can_bring_back_is_left(toy: Path) -> None:
 def object_of_data(root: Path) -> Path:
     md5 = yaml.safe_load((root / "rows.jsonl.dvc").read_text())["outs"][0]["md5"]
     return root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+
+
+def test_dvc_lock_itself(made: Path) -> None:
+    """A wrong hash in it: what it is of is named, and DVC's run-cache knows the right one."""
+    before, lock = content(made), made / "dvc.lock"
+    md5 = yaml.safe_load(lock.read_text())["stages"]["each@travel"]["outs"][0]["md5"]
+    written(lock, lock.read_bytes().replace(md5.encode(), b"a" * 32))
+    assert ("out/each-travel", "changed") in found(made)
+    assert repair(made).after.sound and content(made) == before
+    written(lock, b"\xff" + lock.read_bytes())
+    assert "dvc.lock" in typed("verify", cwd=made).stderr
+    lock.unlink()
+    done = typed("verify", cwd=made)
+    assert done.exit_code == 1 and "dvc.lock is not there: olivepress run writes it" in done.stderr
+
+
+def test_nothing_is_repaired_while_a_run_writes(made: Path) -> None:
+    """What a stage is writing is not damaged."""
+    (made / "each.py").write_text("import time\nprint('on', flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen(
+        [BIN / "dvc", "repro"], cwd=made, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    ) as other:
+        assert any(line.strip() == "on" for line in other.stdout or ())
+        with pytest.raises(UserError, match=f"process {other.pid} is at work in this project"):
+            repair(made)
+        other.kill()
 
 
 # What a run does.

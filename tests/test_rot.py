@@ -241,7 +241,8 @@ def test_dvc_lock_itself(made: Path) -> None:
     before, lock = content(made), made / "dvc.lock"
     md5 = yaml.safe_load(lock.read_text())["stages"]["each@travel"]["outs"][0]["md5"]
     written(lock, lock.read_bytes().replace(md5.encode(), b"a" * 32))
-    assert ("out/each-travel", "changed") in found(made)
+    (path, _), (missing, _) = found(made)
+    assert path == "out/each-travel" and missing.endswith("a" * 30)
     assert repair(made).after.sound and content(made) == before
     written(lock, b"\xff" + lock.read_bytes())
     assert "dvc.lock" in typed("verify", cwd=made).stderr

@@ -294,7 +294,8 @@ def _mend(repo: Repo, name: str, job: Job, files: list[str]) -> list[str]:
     root, said = Path(repo.root_dir), []
     with _mending:
         for maker in list(repo.index.graph.successors(stages(repo)[name])):
-            theirs = [f for f in files if any(_within(f, out.def_path) for out in maker.outs)]
+            outs = [Path(out.fs_path) for out in maker.outs]
+            theirs = [f for f in files if any((root / f).is_relative_to(out) for out in outs)]
             if not theirs:
                 continue
             files = [f for f in files if f not in theirs]
@@ -316,10 +317,6 @@ def _mend(repo: Repo, name: str, job: Job, files: list[str]) -> list[str]:
             "olivepress verify --repair, or touch it if the change is yours"
         )
     return said
-
-
-def _within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder}/")
 
 
 def _restore_or_run(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[str]:

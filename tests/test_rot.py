@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from benchmarks.rot import FAULTS, content, files, flip, trial, written
-from conftest import BIN, sh, typed
+from conftest import BIN, typed
 from lab import commit
 from stages.errors import UserError
 from tasks import bridge, overrides, remote
@@ -36,7 +38,13 @@ inner = "".join(path.read_text() for path in sorted(Path("out/first").iterdir())
 Path(f"out/each-{sys.argv[1]}").write_text(inner * 2)
 Path("runs").open("a").write("2")
 """
-DATA = "stages:\n  first:\n    cmd: cp rows.jsonl copy\n    deps: [rows.jsonl]\n    outs: [copy]\n"
+DATA = """
+stages:
+  first:
+    cmd: cp data/rows.jsonl copy
+    deps: [data/rows.jsonl]
+    outs: [copy]
+"""
 
 
 def run(root: Path, name: str = "first") -> bridge.Outcome:
@@ -214,36 +222,52 @@ def test_from_the_remote(made: Path) -> None:
     assert content(made) == before and (made / "runs").read_text() == "12"
 
 
-def test_data_that_nothing_can_bring_back_is_left(toy: Path) -> None:
-    (toy / "rows.jsonl").write_text("1\n2\n")
+@pytest.fixture
+def tracked(toy: Path) -> Path:
+    """A stage that copies data of a `.dvc` file, not run yet; the path of the data."""
     (toy / "dvc.yaml").write_text(DATA)
-    sh("dvc", "add", "rows.jsonl", cwd=toy)
+    (toy / "data").mkdir()
+    (toy / "data/rows.jsonl").write_text("1\n2\n")
+    with contextlib.closing(Repo(str(toy))) as repo:
+        repo.add("data/rows.jsonl")
+    return toy / "data/rows.jsonl"
+
+
+def object_of_data(root: Path) -> Path:
+    md5 = yaml.safe_load((root / "data/rows.jsonl.dvc").read_text())["outs"][0]["md5"]
+    return root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+
+
+def test_data_that_nothing_can_bring_back_is_left(toy: Path, tracked: Path) -> None:
     run(toy)
     (toy / "copy").unlink()
     rot(object_of_data(toy))
-    rot(toy / "rows.jsonl")
-    bad = (toy / "rows.jsonl").read_bytes()
+    rot(tracked)
+    bad = tracked.read_bytes()
     mending = repair(toy)
-    assert not mending.after.sound and (toy / "rows.jsonl").read_bytes() == bad
-    assert any(not one.mended and one.path == "rows.jsonl" for one in mending.done)
+    assert not mending.after.sound and tracked.read_bytes() == bad
+    assert any(not one.mended and one.path == "data/rows.jsonl" for one in mending.done)
     for _ in range(2):
         with pytest.raises(bridge.StageFailed, match=r"rows\.jsonl: damaged, and the cache has no"):
             run(toy)
 
 
-def object_of_data(root: Path) -> Path:
-    md5 = yaml.safe_load((root / "rows.jsonl.dvc").read_text())["outs"][0]["md5"]
-    return root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+def test_data_that_was_edited_is_no_damage(toy: Path, tracked: Path) -> None:
+    run(toy)
+    tracked.write_text("1\n")
+    report = repair(toy).after
+    assert report.sound and report.stale == ["data/rows.jsonl"] and tracked.read_text() == "1\n"
 
 
 def test_dvc_lock_itself(made: Path) -> None:
-    """A wrong hash in it: what it is of is named, and DVC's run-cache knows the right one."""
+    """A wrong hash in it: what it is of is named, and the right one comes back."""
     before, lock = content(made), made / "dvc.lock"
     md5 = yaml.safe_load(lock.read_text())["stages"]["each@travel"]["outs"][0]["md5"]
     written(lock, lock.read_bytes().replace(md5.encode(), b"a" * 32))
     (path, _), (missing, _) = found(made)
     assert path == "out/each-travel" and missing.endswith("a" * 30)
-    assert repair(made).after.sound and content(made) == before
+    assert repair(made).after.sound
+    assert content(made) | {"runs": ""} == before | {"runs": ""}  # for the stage was run
     written(lock, b"\xff" + lock.read_bytes())
     assert "dvc.lock" in typed("verify", cwd=made).stderr
     lock.unlink()
@@ -253,14 +277,15 @@ def test_dvc_lock_itself(made: Path) -> None:
 
 def test_nothing_is_repaired_while_a_run_writes(made: Path) -> None:
     """What a stage is writing is not damaged."""
-    (made / "each.py").write_text("import time\nprint('on', flush=True)\ntime.sleep(60)\n")
-    with subprocess.Popen(
-        [BIN / "dvc", "repro"], cwd=made, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
-    ) as other:
+    (made / "each.py").write_text(f"print('on', flush=True)\ninput()\n{EACH}")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    with subprocess.Popen([BIN / "dvc", "repro"], cwd=made, env=env, **pipes) as other:
         assert any(line.strip() == "on" for line in other.stdout or ())
         with pytest.raises(UserError, match=f"process {other.pid} is at work in this project"):
             repair(made)
-        other.kill()
+        other.communicate("go on\n", timeout=60)
+    assert other.returncode == 0 and repair(made).after.sound
 
 
 # What a run does.
@@ -300,14 +325,10 @@ def test_a_rotten_source_file_stops_the_stage(made: Path) -> None:
     assert run(made).action == "run"
 
 
-def test_rotten_data_is_restored_before_it_is_read(toy: Path) -> None:
-    (toy / "rows.jsonl").write_text("1\n2\n")
-    (toy / "dvc.yaml").write_text(DATA)
-    sh("dvc", "add", "rows.jsonl", cwd=toy)
-    sh("dvc", "status", cwd=toy)
-    rot(toy / "rows.jsonl")
+def test_rotten_data_is_restored_before_it_is_read(toy: Path, tracked: Path) -> None:
+    rot(tracked)
     outcome = run(toy)
-    assert "rows.jsonl was damaged: restored" in outcome.reasons
+    assert "data/rows.jsonl was damaged: restored" in outcome.reasons
     assert (toy / "copy").read_text() == "1\n2\n"
 
 

@@ -92,6 +92,8 @@ def _show(report: Report, mending: Repair | None) -> None:
         _print(
             "edited", "dim", f"{path} since the last run: olivepress status says what that means"
         )
+    for process in report.at_work:
+        _print("note", "yellow", f"process {process} is at work here: what it writes may be named")
     kinds = f"{report.files} files, {report.objects} objects and {report.records} records"
     size = f"{report.size / 1e6:,.1f} MB, in {report.seconds:.1f} s"
     verdict = "all sound" if report.sound else f"{len(report.findings)} not as recorded"

@@ -8,10 +8,12 @@ it on purpose.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +88,11 @@ def repair(
     Raises:
         UserError: as `tasks.verify.check`; a run is at work here.
     """
-    now = look(root, on_progress)
-    if busy := sorted(now.records.at_work):
+    if busy := integrity.records(root).at_work:
         raise UserError(
-            f"process {busy[0]} is at work in this project: repair it when that has ended"
+            f"process {min(busy)} is at work in this project: repair it when that has ended"
         )
+    now = look(root, on_progress)
     aside = now.records.tmp / "damaged" / time.strftime("%Y%m%d-%H%M%S")
     work = _Work(now, aside, on_progress, on_line)
     if now.report.sound:
@@ -195,14 +197,21 @@ def _from_here(work: _Work, md5: str) -> bool:
     return True
 
 
-def _copy(source: Path, target: Path, md5: str) -> bool:
-    """Copy a file whole or not at all; whether what was written has the hash."""
+def _copy(source: Path, target: Path, md5: str, ready: Callable[[], Any] = lambda: None) -> bool:
+    """Copy a file whole or not at all; whether what was written has the hash.
+
+    Args:
+        ready: called when the copy is there, before it takes its place.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         shutil.copyfile(source, temporary)
         if _content(temporary).md5 != md5:
             return False
+        if target.exists():
+            temporary.chmod(target.stat().st_mode)
+        ready()
         temporary.replace(target)
         return True
     except OSError:
@@ -247,8 +256,11 @@ def _mend_records(work: _Work) -> None:
     entries = {integrity.run_name(made.entry): made.entry for made in bridge.made(work.now.root)}
     for run in work.now.records.runs:
         name = next((name for name in bad if work.now.root / name == run.path), None)
-        if name is None or integrity.run_record(run.path).entry != run.entry:
-            continue  # sound, or fetched
+        if name is None:
+            continue
+        if integrity.run_record(run.path).entry != run.entry:
+            work.say(name, "fetched from the remote")
+            continue
         entry = entries.get((run.path.parent.name, run.path.name)) or _resized(work, run.entry)
         work.set_aside(name, run.path)
         if entry:
@@ -293,14 +305,19 @@ def _restore(work: _Work, one: integrity.Recorded) -> bool:
     }
     if not all(_has(work, md5) for md5 in wrong.values()):
         return False
-    for name in [*wrong, *(one.there.keys() - files.keys())]:
-        where = work.set_aside(name, root / name) if (root / name).exists() else ""
-        if name in wrong:
-            _copy(object_path(work.cache, wrong[name]), root / name, wrong[name])
-            work.say(name, "restored from the cache")
-        else:
-            work.say(name, f"moved to {where}")
+    for name, md5 in wrong.items():
+        aside = partial(_clear, work, name)
+        if not _copy(object_path(work.cache, md5), root / name, md5, aside):
+            return False
+        work.say(name, "restored from the cache")
+    for name in one.there.keys() - files.keys():
+        work.say(name, f"moved to {work.set_aside(name, root / name)}")
     return True
+
+
+def _clear(work: _Work, name: str) -> None:
+    if (work.now.root / name).exists():
+        work.set_aside(name, work.now.root / name)
 
 
 def _has(work: _Work, md5: str) -> bool:

@@ -53,6 +53,8 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
     """Inputs that were edited since the last run, or are gone: `olivepress status` says more."""
+    at_work: list[int] = field(default_factory=list)
+    """Processes that were at work in the project: what they write may be among what was found."""
 
     @property
     def sound(self) -> bool:
@@ -111,6 +113,7 @@ def look(root: Path, on_progress: Progress = lambda done, total, note: None) -> 
     kept = set(objects(records.cache))
     held = read(files | kept, on_progress)
     report = Report(len(files), len(kept), len(records.runs))
+    report.at_work = sorted(records.at_work)
     report.size = sum(content.size for content in held.values())
     now = Look(root, records, held, {}, {}, {}, report)
     _learn(now)

@@ -23,9 +23,10 @@ from tasks.repair import repair
 from tasks.verify import check
 
 FIRST = """
-import os
+import os, time
 from pathlib import Path
 os.makedirs("out/first", exist_ok=True)
+Path("out/record").write_text(str(time.time_ns()))
 text = Path("in.txt").read_text()
 for name in ("a", "b", "c"):
     Path(f"out/first/{name}").write_text(f"{name}: {text}")
@@ -55,8 +56,12 @@ def run(root: Path, name: str = "first") -> bridge.Outcome:
 def made(toy: Path) -> Path:
     """The toy with a stage that makes a folder and one that reads it, run and committed.
 
-    Each run of a stage leaves a digit in `runs`.
+    As in the project, the first also records when it ran. Each run leaves a digit in `runs`.
     """
+    text = (toy / "dvc.yaml").read_text()
+    (toy / "dvc.yaml").write_text(
+        text.replace("outs: [out/first]", "outs: [out/first, out/record]")
+    )
     (toy / "first.py").write_text(FIRST)
     (toy / "each.py").write_text(EACH)
     (toy / ".gitignore").write_text("/out/\n/runs\n/remote/\n")
@@ -334,10 +339,14 @@ def test_rotten_data_is_restored_before_it_is_read(toy: Path, tracked: Path) -> 
 
 def test_a_new_output_is_not_replaced_by_a_rotten_object(made: Path) -> None:
     """DVC left the bad object where it was, and linked it over what the stage had just written."""
-    rot(object_of(made, "out/each-travel"))
+    old, text = object_of(made, "out/each-travel"), (made / "out/each-travel").read_text()
+    (made / "in.txt").write_text("other\n")
+    assert both(made) == ["run", "run"]
+    rot(old)
+    (made / "in.txt").write_text("hello\n")
     (made / "each.py").write_text(EACH + "# the same output, by another way\n")
-    assert run(made, "each@travel").action == "run"
-    assert (made / "out/each-travel").read_text() == "a: hello\nb: hello\nc: hello\n" * 2
+    assert both(made) == ["restore", "run"]
+    assert (made / "out/each-travel").read_text() == text
     assert check(made).sound
 
 

@@ -234,8 +234,7 @@ def _check_input(now: Look, one: integrity.Recorded) -> None:
             unseen = True
             note = content.error or "the bytes were changed, the time and size were not"
             what: What = "unreadable" if content.error else "damaged"
-            md5 = one.md5 if name == one.path else believed or ""
-            now.found("input", name, what, note=note, md5=md5)
+            now.found("input", name, what, note=note, md5=believed or "")
     if not unseen and _hash_of(now, one) != one.md5:
         now.report.stale.append(one.path)
 

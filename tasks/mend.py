@@ -36,7 +36,7 @@ class Work:
     sound: dict[str, Path] = field(default_factory=dict)
     """Files that hold a content, by its hash."""
     moved: dict[str, Path] = field(default_factory=dict)
-    """Where damaged files were put, by the path of their finding."""
+    """Where damaged files were put that nobody wrote, by path: for nothing once they are mended."""
 
     @property
     def cache(self) -> Path:
@@ -45,12 +45,13 @@ class Work:
     def say(self, path: str, how: str, mended: bool = True) -> None:
         self.done.append(Done(path, how, mended))
 
-    def set_aside(self, name: str, path: Path) -> str:
-        """Move a file out of the way; where to, for a person."""
+    def set_aside(self, name: str, path: Path, *, keep: bool = False) -> str:
+        """Move a file out of the way, for good if somebody may have written it; say where to."""
         target = self.aside / name.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(path, target)
-        self.moved[name] = target
+        if not keep:
+            self.moved[name] = target
         content = self.now.held.get(path)
         if content and self.sound.get(content.md5) == path:
             self.sound[content.md5] = target
@@ -80,7 +81,7 @@ def mend_objects(work: Work) -> dict[str, str]:
     paths = {one.md5: one.path for one in found if one.md5}
     for one in found:
         if one.what != "missing":
-            where = work.set_aside(one.path, work.now.root / one.path)
+            where = work.set_aside(one.path, work.now.root / one.path, keep=not one.md5)
             if not one.md5:
                 work.say(one.path, f"moved to {where}")
     for md5 in list(paths):
@@ -217,6 +218,11 @@ def restore_output(work: Work, one: integrity.Recorded) -> bool:
         if listed is None:
             return False
         files = {f"{one.path}/{name}": md5 for name, md5 in listed.items()}
+    bad = {found.path for found in work.now.report.findings if found.kind == "output"}
+    extra = one.there.keys() - files.keys()
+    if one.path not in bad:  # else it is not known which of its files are
+        files = {name: md5 for name, md5 in files.items() if name in bad}
+        extra &= bad
     wrong = {
         name: md5
         for name, md5 in files.items()
@@ -225,18 +231,18 @@ def restore_output(work: Work, one: integrity.Recorded) -> bool:
     if not all(has(work, md5) for md5 in wrong.values()):
         return False
     for name, md5 in wrong.items():
-        aside = partial(_clear, work, name)
+        aside = partial(_clear, work, name, keep=one.there.get(name) != md5)
         if not _copy(object_path(work.cache, md5), root / name, md5, aside):
             return False
         work.say(name, "restored from the cache")
-    for name in one.there.keys() - files.keys():
-        work.say(name, f"moved to {work.set_aside(name, root / name)}")
+    for name in extra:
+        work.say(name, f"moved to {work.set_aside(name, root / name, keep=True)}")
     return True
 
 
-def _clear(work: Work, name: str) -> None:
+def _clear(work: Work, name: str, keep: bool) -> None:
     if (work.now.root / name).exists():
-        work.set_aside(name, work.now.root / name)
+        work.set_aside(name, work.now.root / name, keep=keep)
 
 
 def has(work: Work, md5: str) -> bool:

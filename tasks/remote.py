@@ -126,16 +126,17 @@ def _check_sent(link: Link, stages: list[str] | None) -> None:
         DamagedHere: an object or a record of the run-cache is not what its name says.
     """
     root, cache = link.dvc.root, link.cache
-    paths = set(objects(cache))
+    paths, kept = set(objects(cache)), records(cache)
     if stages:
         made = [one for one in bridge.made(root) if one.stage in stages]
         outs = {out["md5"] for one in made for out in one.entry["outs"] if "md5" in out}
         paths &= {
             object_path(cache, name) for out in outs for name in contents(cache, out) or {out}
         }
+        kept = [path for one in made for path in records(cache, one.key or "-")]
     held = read(paths, link.dvc.on_progress)
     bad = [path for path, content in held.items() if not content.names(path)]
-    bad += [path for path in records(cache) if not integrity.run_record(path).entry]
+    bad += [path for path in kept if not integrity.run_record(path).entry]
     if bad:
         found = {found.path: found for found in verify.check(root).findings}
         named = {
@@ -150,9 +151,9 @@ def _check_sent(link: Link, stages: list[str] | None) -> None:
         )
 
 
-def _drop_bad_records(cache: Path) -> list[Path]:
+def _drop_bad_records(cache: Path, key: str = "*") -> list[Path]:
     """Remove records of the run-cache that arrived damaged; DVC has no hash of them to check."""
-    bad = [path for path in records(cache) if not integrity.run_record(path).entry]
+    bad = [path for path in records(cache, key) if not integrity.run_record(path).entry]
     for path in bad:
         path.unlink(missing_ok=True)
     return bad
@@ -204,7 +205,7 @@ def fetch_run(root: Path, key: str, **limits: Any) -> bool:
         fetch = ("fetch", "--verbose", "--remote", link.moved.remote)
         with named(root, []) as folder:
             link.dvc.do(*fetch, "--run-cache", cwd=folder)
-        _drop_bad_records(link.cache)
+        _drop_bad_records(link.cache, key)
         names = outputs(link.cache, key)
         if names:
             with named(root, names) as folder:

@@ -26,7 +26,7 @@ from tasks.mend import (
     restore_input,
     restore_output,
 )
-from tasks.verify import Finding, Report, check, look
+from tasks.verify import Report, check, look
 
 
 @dataclass
@@ -82,7 +82,6 @@ def _after(work: Work) -> Report:
     after = check(work.now.root, work.on_progress)
     left = {found.path for found in after.findings}
     mended = {done.path for done in work.done if done.mended} - left
-    mended -= {found.path for found in work.now.report.findings if _meant(work, found)}
     for name, path in work.moved.items():
         if name in mended:
             path.unlink(missing_ok=True)
@@ -92,13 +91,6 @@ def _after(work: Work) -> Report:
     if work.aside.is_dir() and not any(work.aside.iterdir()):
         work.aside.rmdir()
     return after
-
-
-def _meant(work: Work, found: Finding) -> bool:
-    """Whether somebody may have written it: DVC's database knows it with another time or size."""
-    believed = {name: md5 for one in work.now.records.files for name, md5 in one.there.items()}
-    wrote = found.kind == "output" and believed.get(found.path) != found.md5
-    return wrote or found.what == "extra"
 
 
 def _lost_stages(

@@ -185,9 +185,12 @@ def _check_output(now: Look, one: integrity.Recorded) -> None:
         return now.found("output", one.path, "changed", of=[one.maker], note=note, md5=one.md5)
     else:
         expected = {f"{one.path}/{name}": md5 for name, md5 in files.items()}
-    for name, md5 in expected.items():
+    for name, md5 in sorted(expected.items()):
         _compare(now, one, name, md5)
-    for name in one.there.keys() - expected.keys():
+    extra = one.there.keys() - expected.keys()
+    if extra and _is_data(one):
+        return _edited(now, one)
+    for name in sorted(extra):
         note = f"not a file that {one.maker} made"
         now.found("output", name, "extra", of=[one.maker], note=note)
 
@@ -199,16 +202,24 @@ def _compare(now: Look, one: integrity.Recorded, name: str, md5: str) -> None:
         return now.found("output", name, "missing", of=[maker], md5=md5)
     if content.md5 == md5:
         return None
-    if maker.endswith(".dvc") and believed != md5 and not content.error:  # an edit, as of any input
-        if one.path not in now.report.stale:
-            now.report.stale.append(one.path)
-        return None
+    if _is_data(one) and believed != md5 and not content.error:
+        return _edited(now, one)
     what, note = _differs(now, content, md5)
     if what == "damaged" and believed == md5:
         note = "the bytes were changed, the time and size were not"
     elif what == "damaged":
         what, note = "changed", note or "written to since it was made"
     return now.found("output", name, what, of=[maker], note=note, md5=md5)
+
+
+def _is_data(one: integrity.Recorded) -> bool:
+    """Whether it is of a `.dvc` file: people edit it, as they do other inputs."""
+    return bool(one.maker and one.maker.endswith(".dvc"))
+
+
+def _edited(now: Look, one: integrity.Recorded) -> None:
+    if one.path not in now.report.stale:
+        now.report.stale.append(one.path)
 
 
 def _differs(now: Look, content: Content, md5: str) -> tuple[What, str]:

@@ -170,6 +170,17 @@ def test_an_edit_is_no_damage(made: Path) -> None:
     assert "edited     in.txt" in done.stdout and "all sound" in done.stdout
 
 
+def test_an_edit_that_rots_is_not_undone(made: Path) -> None:
+    """What Git has of it is older than the edit."""
+    (made / "in.txt").write_text("edited\n")
+    assert bridge.status(made)["first"].action == "run"  # so DVC knows the edit
+    written(made / "in.txt", b"edjted\n")
+    mending = repair(made)
+    assert [(one.path, one.what) for one in mending.after.findings] == [("in.txt", "damaged")]
+    assert (made / "in.txt").read_text() == "edjted\n"
+    assert any(not one.mended and "touch it" in one.how for one in mending.done)
+
+
 def test_what_somebody_wrote_is_moved_and_kept(made: Path) -> None:
     (made / "out/first/a").write_text("by hand")
     (made / "out/first/new").write_text("also by hand")
@@ -262,6 +273,26 @@ def test_data_that_was_edited_is_no_damage(toy: Path, tracked: Path) -> None:
     tracked.write_text("1\n")
     report = repair(toy).after
     assert report.sound and report.stale == ["data/rows.jsonl"] and tracked.read_text() == "1\n"
+    rot(object_of_data(toy))  # of which a copy that the stage made is sound
+    assert repair(toy).after.sound and tracked.read_text() == "1\n"
+
+
+def test_of_a_folder_of_data_only_what_rots_is_put_back(toy: Path) -> None:
+    (toy / "dvc.yaml").write_text(DATA.replace("cp data", "cp -r data").replace(".jsonl", ""))
+    (toy / "data/rows").mkdir(parents=True)
+    for name in "abc":
+        (toy / "data/rows" / name).write_text(name * 9)
+    with contextlib.closing(Repo(str(toy))) as repo:
+        repo.add("data/rows")
+    run(toy)
+    (toy / "data/rows/a").write_text("edited")
+    (toy / "data/rows/new").write_text("new")
+    rot(toy / "data/rows/b")
+    mending = repair(toy)
+    assert [one.path for one in mending.before.findings] == ["data/rows/b"]
+    assert mending.after.sound and mending.after.stale == ["data/rows"]
+    now = {path.name: path.read_text() for path in (toy / "data/rows").iterdir()}
+    assert now == {"a": "edited", "b": "b" * 9, "c": "c" * 9, "new": "new"}
 
 
 def test_dvc_lock_itself(made: Path) -> None:

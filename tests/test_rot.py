@@ -381,12 +381,18 @@ def test_a_new_output_is_not_replaced_by_a_rotten_object(made: Path) -> None:
     assert check(made).sound
 
 
-@pytest.mark.parametrize("what", ["out/first", "out/first/b"])
+@pytest.mark.parametrize("what", ["a file", "the listing", "the listing, in half"])
 def test_a_bad_object_costs_no_run_while_the_output_is_sound(made: Path, what: str) -> None:
-    object_of(made, what).unlink()
+    """Without its listing in the cache, DVC ran the stage, and never wrote the listing again."""
+    bad = object_of(made, "out/first/b" if what == "a file" else "out/first")
+    if what == "the listing, in half":
+        written(bad, bad.read_bytes()[:20])
+    else:
+        bad.unlink()
     outcome = run(made)
+    word = "damaged" if what == "the listing, in half" else "missing"
     assert outcome.action == "restore"
-    assert outcome.reasons == ["out/first was missing in the cache, and is sound here"]
+    assert outcome.reasons == [f"out/first was {word} in the cache, and is sound here"]
     assert check(made).sound and both(made) == ["unchanged", "unchanged"]
     assert (made / "runs").read_text() == "12"
 

@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from flows import fleet, harness, proof, release, share, talk
+from flows import verify as verifying
 from flows.console import Json, console, in_project, print_json, quiet_prefect, stop, without_gc
 from stages.errors import UserError
 
@@ -136,10 +137,10 @@ app.command()(talk.generate)
 app.command()(talk.chat)
 app.command("lm-eval")(harness.lm_eval)
 app.command()(proof.sign)
-app.command()(proof.verify)
 app.command()(release.publish)
 app.command()(share.push)
 app.command()(share.pull)
+app.command()(verifying.verify)
 app.command()(fleet.sweep)
 app.command()(fleet.adopt)
 app.command()(fleet.worker)

@@ -1,4 +1,4 @@
-"""`olivepress sign` and `verify`: whose a package is, and that it is what it says."""
+"""`olivepress sign` and `verify PACKAGE`: whose a package is, and that it is what it says."""
 
 from __future__ import annotations
 
@@ -61,35 +61,19 @@ def sign(
         typer.echo(f"signed: {place}")
 
 
-def verify(
-    package: Folder = None,
+def check(
+    package: Path,
     *,
-    key: Annotated[
-        Path | None,
-        typer.Option(envvar="OLIVEPRESS_VERIFYING_KEY", help="Public key of who signed, in PEM."),
-    ] = None,
-    identity: Annotated[
-        str, typer.Option(help="Who signed with Sigstore, such as a mail address.")
-    ] = "",
-    issuer: Annotated[str, typer.Option(help="Who vouches for it: the address of a login.")] = "",
-    signature: Annotated[
-        Path | None, typer.Option(help="Its file.", show_default="model.sig, there or beside")
-    ] = None,
-    signed: Annotated[
-        bool, typer.Option("--signed", help="Fail if not signed, or by whom is not checked.")
-    ] = False,
-    project: Annotated[
-        bool, typer.Option("--project/--no-project", help="Compare with the project's dvc.lock.")
-    ] = True,
-    rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Make it again from its commit, without a cache.")
-    ] = False,
-    as_json: Json = False,
+    key: Path | None,
+    identity: str,
+    issuer: str,
+    signature: Path | None,
+    signed: bool,
+    project: bool,
+    rebuild: bool,
+    as_json: bool,
 ) -> None:
-    """Check a package: its files, signature, bill of materials, card and lineage.
-
-    Exit code 0 if it is sound, 1 if not. What was not checked is said, and is no failure.
-    """
+    """Say what was found of a package, and leave with 1 if it is not sound."""
     with Console(stderr=True).status("reading") as status:
         try:
             key, signature = key and key.absolute(), signature and signature.absolute()

@@ -1,10 +1,10 @@
 """The one module that talks to DVC: what a stage needs, making it so, and what made a file.
 
 DVC decides what is stale and does the work; this module asks it stage by stage, and has it run
-commands through `tasks.command`. `tasks.pipeline`, `tasks.need` and `tasks.store` are parts of it.
-DVC also reads the working directory: be in the project's folder. Only `dvc.api` and the command
-line are public in DVC, so every private name that is used is imported in these four;
-tests/test_bridge.py and tests/test_store.py pin them.
+commands through `tasks.command`. `tasks.pipeline`, `tasks.need`, `tasks.store` and
+`tasks.integrity` are parts of it. DVC also reads the working directory: be in the project's folder.
+Only `dvc.api` and the command line are public in DVC, so every private name that is used is
+imported in these five; tests/test_bridge.py, tests/test_store.py and tests/test_rot.py pin them.
 """
 
 from __future__ import annotations
@@ -17,26 +17,39 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import dvc.stage.run
-from dvc.exceptions import NotDvcRepoError
-from dvc.repo import Repo
+from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
 
 from stages.errors import UserError
-from tasks import pipeline, store
+from tasks import integrity, pipeline, store
 from tasks.command import Job
-from tasks.need import Action, Inputs, Need, inputs_of, need_of, outdated, unchanged
+from tasks.need import (
+    Action,
+    Inputs,
+    Need,
+    inputs_changed,
+    inputs_of,
+    need_of,
+    outdated,
+    unchanged,
+)
 from tasks.pipeline import opened, read, stages
 from tasks.pool import gpu
 
 for _name in ("dvc", "dvc_data"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+MENDED = 20  # inputs of one stage that were damaged; then it is the disk or the memory
 
 
 class StageFailed(Exception):
@@ -89,7 +102,8 @@ class Flight(Protocol):
         """
 
 
-_here = threading.local()  # .job: what this thread does for a stage
+_here = threading.local()  # .job: what this thread does for a stage; .check: of what it reads
+_mending = threading.RLock()  # two stages may read the same damaged file
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -200,7 +214,7 @@ def reproduce(
         _put_back(root, name)
         raise StageFailed(job.last_words(name) or f"{name}: {error}") from None
     finally:
-        _here.job = None
+        _here.job = _here.check = None
 
 
 def _outcome(
@@ -229,17 +243,22 @@ def _bring_up_to_date(
     need = need_of(stage)
     if need.action == "unchanged":
         return []
-    for out in stage.outs:
-        if out.changed_cache():
-            store.drop_bad_objects(out)
+    reasons = need.reasons
+    if found := integrity.keep(stage):
+        repo._reset()  # what it read of the cache is old
+        stage = stages(repo)[name]
+        if unchanged(stage):
+            return found
+        need = need_of(stage)
+        reasons = [*found, *need.reasons]
     key = _key_now(stage) if flight and need.action == "run" else None
     if not flight or not key:
-        return need.reasons + _do(repo, name, job, elsewhere)
+        return _do(repo, name, job, elsewhere) + reasons
     with flight.turn(name, key) as turn:
         repo._reset()  # what it read of the cache is old
         unfit = _do(repo, name, job, elsewhere)
         turn.ran = bool(job.process)
-    return need.reasons + unfit
+    return unfit + reasons
 
 
 def _key_now(stage: PipelineStage) -> str | None:
@@ -249,7 +268,63 @@ def _key_now(stage: PipelineStage) -> str | None:
 
 
 def _do(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[str]:
-    """Restore a stage or run it; return why what was restored could not be used."""
+    """Restore a stage or run it; return what was damaged of what it restored or reads."""
+    mended: list[str] = []
+    while True:
+        _here.check = partial(integrity.check_inputs, stages(repo)[name])
+        try:
+            return mended + _restore_or_run(repo, name, job, elsewhere)
+        except DvcException as error:
+            cause = error if isinstance(error, integrity.Damaged) else error.__cause__
+            if not isinstance(cause, integrity.Damaged) or len(mended) > MENDED:
+                raise
+            mended += _mend(repo, name, job, cause.files)
+            _here.job = job
+
+
+def _mend(repo: Repo, name: str, job: Job, files: list[str]) -> list[str]:
+    """Make inputs of a stage sound again: what another stage made, and data that DVC keeps.
+
+    Returns:
+        What was damaged and how it was mended, in words.
+
+    Raises:
+        UserError: a file that nothing here can bring back.
+    """
+    root, said = Path(repo.root_dir), []
+    with _mending:
+        for maker in list(repo.index.graph.successors(stages(repo)[name])):
+            outs = [Path(out.fs_path) for out in maker.outs]
+            theirs = [f for f in files if any((root / f).is_relative_to(out) for out in outs)]
+            if not theirs:
+                continue
+            files = [f for f in files if f not in theirs]
+            how = "restored"
+            if pipeline.is_ours(maker):
+                integrity.doubt(root, theirs)
+                inner = _here.job = Job(job.on_line, job.limit_seconds, job.env)
+                inner.turn = gpu.turn(maker.name)
+                _bring_up_to_date(repo, maker.name, inner, None, None)
+                how = "made again" if inner.process else how
+            else:
+                integrity.restore_data(repo, maker, theirs)
+            repo._reset()  # what it read of files is old
+            said.append(f"{', '.join(theirs)} was damaged: {how}")
+            job.on_line(said[-1])
+    if files:
+        raise UserError(
+            f"{', '.join(files)}: damaged: the bytes were changed, the time and size were not; "
+            "olivepress verify --repair, or touch it if the change is yours"
+        )
+    return said
+
+
+def _restore_or_run(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[str]:
+    """Restore a stage or run it; return why what was restored could not be used.
+
+    Raises:
+        integrity.Damaged: as the error or its cause: what the stage reads is, and it was not run.
+    """
     stage = stages(repo)[name]
     if elsewhere and need_of(stage).action == "run":
         _bring(repo, name, elsewhere)
@@ -271,6 +346,7 @@ def _bring(repo: Repo, name: str, elsewhere: Elsewhere) -> None:
         UserError: DVC cannot, so it would run the stage here.
     """
     stage = stages(repo)[name]
+    integrity.check_inputs(stage)
     key = _key_now(stage)
     if not key:
         raise UserError("only a stage with dependencies and outputs in the project can run there")
@@ -306,11 +382,54 @@ def _put_back(root: Path, name: str) -> None:
                 out.remove()
 
 
+def make_again(
+    root: Path, name: str, on_line: Callable[[str], None], limit_seconds: float
+) -> Callable[[], bool]:
+    """Run a stage for objects that are nowhere any more, as bytes may well come out the same.
+
+    Returns:
+        To be called when they did: it puts dvc.lock and all outputs back as they were, records of
+        when and how fast included. Says whether it could.
+
+    Raises:
+        UserError: what the stage reads is no longer what dvc.lock records.
+        StageFailed: as `reproduce`.
+    """
+    with opened(root) as repo:
+        stage = stages(repo)[name]
+        if changed := inputs_changed(stage) or (outdated(stage) and ["libraries changed"]):
+            raise UserError(f"{name} would now make something else: {'; '.join(changed)}")
+        paths = [out.fs_path for out in stage.outs]
+        before = (root / "dvc.lock").read_bytes()
+    reproduce(root, name, on_line, limit_seconds)
+
+    def put_back() -> bool:
+        with opened(root) as repo:
+            after = (root / "dvc.lock").read_bytes()
+            with lock_repo(repo):
+                store.replace(root / "dvc.lock", before)
+            repo._reset()
+            try:
+                repo.checkout(targets=paths, force=True)
+                if all(store.as_recorded(out) for out in stages(repo)[name].outs):
+                    return True
+            except DvcException:
+                pass
+            store.replace(root / "dvc.lock", after)
+            repo._reset()
+            repo.checkout(targets=paths, force=True)
+            return False
+
+    return put_back
+
+
 def _run_command(executable: str | None, cmd: str, **kwargs: Any) -> None:
     """Take the place of DVC's own `_run`: the same command, streamed, limited and stoppable."""
     job: Job | None = getattr(_here, "job", None)
     if job is None:
         return _dvc_run(executable, cmd, **kwargs)
+    if check := getattr(_here, "check", None):
+        check()
     plain = re.fullmatch(r"[\w@%+=:,./ -]+", cmd)  # needs no shell, which would hide how it ended
     argv = shlex.split(cmd) if plain else dvc.stage.run._make_cmd(executable, cmd)
     if code := job.run(argv, **kwargs):

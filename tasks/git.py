@@ -35,6 +35,18 @@ def succeeds(root: Path, *args: str) -> bool:
     return _run(root, args, None, {}).returncode == 0
 
 
+def committed(root: Path, path: str) -> bytes | None:
+    """A file as it is in the last commit; None if it is not there."""
+    done = subprocess.run(
+        ["git", "cat-file", "blob", f"HEAD:./{path}"],
+        cwd=root,
+        capture_output=True,
+        check=False,
+        timeout=LIMIT_SECONDS,
+    )
+    return None if done.returncode else done.stdout
+
+
 def _run(
     root: Path, args: tuple[str, ...], stdin: str | None, env: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:

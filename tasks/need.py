@@ -76,14 +76,20 @@ def _reasons(stage: PipelineStage) -> list[str]:
     """Why a stage is not up to date, in words; empty when it is."""
     if not any(out.hash_info for out in stage.outs):
         return ["never run"]
+    reasons = inputs_changed(stage)
+    for out in stage.outs:
+        reasons += [f"{path} {_OUT_WORDS.get(w, w)}" for path, w in out.status().items()]
+    return reasons
+
+
+def inputs_changed(stage: PipelineStage) -> list[str]:
+    """What a stage that was run would now make something else from, in words."""
     reasons = ["command or outputs changed"] if stage.changed_stage() else []
     for dep in stage.deps:
         if isinstance(dep, ParamsDependency):
             reasons += _param_reasons(dep)
         else:
             reasons += [f"{path} {word}" for path, word in dep.status().items()]
-    for out in stage.outs:
-        reasons += [f"{path} {_OUT_WORDS.get(w, w)}" for path, w in out.status().items()]
     return reasons
 
 

@@ -1,9 +1,10 @@
 """Move what the pipeline made to and from a DVC remote: outputs, data and the run-cache.
 
-DVC's command line does the work. Two things are added to it:
+DVC's command line does the work. Three things are added to it:
 
 - Every object is checked by its hash when it arrives (the remote's option `verify`), as DVC trusts
   what is in its cache.
+- Every object is checked before it is sent.
 - DVC moves all records of the run-cache, but only the outputs that dvc.lock names now. Those of
   earlier parameters are moved by `.dvc` files in a folder that shares this project's `.dvc`.
 """
@@ -22,9 +23,10 @@ from typing import Any
 
 from stages.errors import UserError
 from stages.redact import without_secrets
-from tasks import bridge
+from tasks import bridge, integrity, verify
+from tasks.content import object_path, objects, read
 from tasks.dvc_command import Dvc, NoAnswer, Progress, explain, overrule
-from tasks.run_cache import cached, earlier, named, outputs, records
+from tasks.run_cache import cached, contents, earlier, named, outputs, records
 
 LIMIT_SECONDS = 12 * 3600.0
 PROBE_SECONDS = 30.0  # DVC takes 90 to 165 s to find that nothing answers
@@ -36,6 +38,10 @@ NO_REMOTE = (
     "no remote is configured: dvc remote add --default store azure://CONTAINER/FOLDER && "
     "dvc remote modify store account_name ACCOUNT && az login (docs/remotes.md has others)"
 )
+
+
+class DamagedHere(UserError):
+    """What was to be sent is damaged; trying again does not help."""
 
 
 @dataclass
@@ -100,12 +106,57 @@ def push(root: Path, stages: list[str] | None = None, **limits: Any) -> Moved:
         limits: as `_connected`.
 
     Raises:
+        DamagedHere: what would be sent is not what its name says.
         UserError: as `_connected`; DVC's own failures, in one line.
     """
     with _connected(root, None if stages else "olivepress run writes it", **limits) as link:
+        _check_sent(link, stages)
         link.moved.files -= len(records(link.cache))  # which DVC counts when it sends them
         link.move("push", stages or [])
     return link.moved
+
+
+def _check_sent(link: Link, stages: list[str] | None) -> None:
+    """Read what is to be sent: others trust it, and DVC sends what a mode calls sound.
+
+    Args:
+        stages: as `push`; of None, every object of the cache is read.
+
+    Raises:
+        DamagedHere: an object or a record of the run-cache is not what its name says.
+    """
+    root, cache = link.dvc.root, link.cache
+    paths, kept = set(objects(cache)), records(cache)
+    if stages:
+        made = [one for one in bridge.made(root) if one.stage in stages]
+        outs = {out["md5"] for one in made for out in one.entry["outs"] if "md5" in out}
+        paths &= {
+            object_path(cache, name) for out in outs for name in contents(cache, out) or {out}
+        }
+        kept = [path for one in made for path in records(cache, one.key or "-")]
+    held = read(paths, link.dvc.on_progress)
+    bad = [path for path, content in held.items() if not content.names(path)]
+    bad += [path for path in kept if not integrity.run_record(path).entry]
+    if bad:
+        found = {found.path: found for found in verify.check(root).findings}
+        named = {
+            path: next((f for n, f in found.items() if root / n == path), None) for path in bad
+        }
+        words = [
+            f"{path.name} ({', '.join(one.of) if one else '?'})" for path, one in named.items()
+        ]
+        raise DamagedHere(
+            f"not sent, as the content does not match the name: {', '.join(words)}; "
+            "olivepress verify --repair mends it"
+        )
+
+
+def _drop_bad_records(cache: Path, key: str = "*") -> list[Path]:
+    """Remove records of the run-cache that arrived damaged; DVC has no hash of them to check."""
+    bad = [path for path in records(cache, key) if not integrity.run_record(path).entry]
+    for path in bad:
+        path.unlink(missing_ok=True)
+    return bad
 
 
 def pull(root: Path, stages: list[str] | None = None, **limits: Any) -> Moved:
@@ -127,8 +178,9 @@ def pull(root: Path, stages: list[str] | None = None, **limits: Any) -> Moved:
             )
         targets = sorted({*stages, *bridge.sources(root, stages)}) if stages else []
         link.move("fetch", targets)
+        bad = _drop_bad_records(link.cache)
         dvc.do("checkout", "--allow-missing", *targets)
-    gone = {path for path in dvc.damaged if not path.exists()}
+    gone = {path for path in [*dvc.damaged, *bad] if not path.exists()}
     moved.damaged = sorted("/".join(path.parts[-4:]) for path in gone)  # files/md5/ab/cdef…
     missing = _missing(root)
     moved.missing = {name: missing[name] for name in targets or missing if name in missing}
@@ -153,11 +205,30 @@ def fetch_run(root: Path, key: str, **limits: Any) -> bool:
         fetch = ("fetch", "--verbose", "--remote", link.moved.remote)
         with named(root, []) as folder:
             link.dvc.do(*fetch, "--run-cache", cwd=folder)
+        _drop_bad_records(link.cache, key)
         names = outputs(link.cache, key)
         if names:
             with named(root, names) as folder:
                 link.dvc.do(*fetch, cwd=folder, absent_ok=True)
         return bool(names) and all(cached(link.cache, name) for name in names)
+
+
+def fetch_objects(root: Path, names: set[str], records: bool, **limits: Any) -> None:
+    """Fetch contents to the cache, of folders with all their files; what is absent stays so.
+
+    Args:
+        root: the project's folder.
+        names: their hashes.
+        records: whether to fetch the run-cache too.
+        limits: as `_connected`.
+
+    Raises:
+        UserError: as `_connected`; DVC's own failures, in one line.
+    """
+    with _connected(root, None, **limits) as link, named(root, sorted(names)) as folder:
+        if not link.empty:
+            fetch = ["fetch", "--verbose", "--remote", link.moved.remote]
+            link.dvc.do(*fetch, *(["--run-cache"] * records), cwd=folder, absent_ok=True)
 
 
 @contextmanager

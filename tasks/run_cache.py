@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tasks.content import object_path
 
 
 @contextmanager
@@ -21,8 +23,7 @@ def earlier(root: Path, cache: Path, here: bool) -> Iterator[Path | None]:
     """
     now = yaml.safe_load((root / "dvc.lock").read_text())["stages"].values()
     commands = [entry["cmd"] for entry in now]
-    kept = [yaml.safe_load(path.read_text()) for path in records(cache)]
-    ours = [record for record in kept if record["cmd"] in commands]
+    ours = [record for record in _read(records(cache)) if record["cmd"] in commands]
     hashes = _hashes(ours) - _hashes(now)
     names = sorted(name for name in hashes if cached(cache, name) == here)
     with named(root, names) as folder:
@@ -43,7 +44,16 @@ def named(root: Path, names: Iterable[str]) -> Iterator[Path]:
 
 def outputs(cache: Path, key: str) -> set[str]:
     """The objects that the runs of a stage with this key made; empty when there was none."""
-    return _hashes(yaml.safe_load(path.read_text()) for path in records(cache, key))
+    return _hashes(_read(records(cache, key)))
+
+
+def _read(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The records that can be read; a damaged one is `tasks.integrity`'s to name."""
+    for path in paths:
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            record = yaml.safe_load(path.read_text("utf-8"))
+            if isinstance(record, dict) and "cmd" in record:
+                yield record
 
 
 def records(cache: Path, key: str = "*") -> list[Path]:
@@ -55,15 +65,22 @@ def records(cache: Path, key: str = "*") -> list[Path]:
 
 
 def _hashes(entries: Any) -> set[str]:
-    return {out["md5"] for entry in entries for out in entry.get("outs", []) if "md5" in out}
+    outs = (out for entry in entries for out in entry.get("outs") or [])
+    return {out["md5"] for out in outs if isinstance(out, dict) and "md5" in out}
+
+
+def contents(cache: Path, name: str) -> set[str] | None:
+    """An object and, of a folder, all that it lists; None when the listing is damaged or absent."""
+    if not name.endswith(".dir"):
+        return {name}
+    try:
+        listed = json.loads(object_path(cache, name).read_bytes())
+        return {name, *(entry["md5"] for entry in listed)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def cached(cache: Path, name: str) -> bool:
     """Whether the cache holds an object, of a folder with all its files."""
-    path = cache / "files/md5" / name[:2] / name[2:]
-    if not path.exists() or not name.endswith(".dir"):
-        return path.exists()
-    try:
-        return all(cached(cache, entry["md5"]) for entry in json.loads(path.read_text()))
-    except ValueError:  # damaged: it names nothing
-        return False
+    names = contents(cache, name)
+    return names is not None and all(object_path(cache, one).exists() for one in names)

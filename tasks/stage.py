@@ -111,4 +111,4 @@ def describe(outcome: bridge.Outcome) -> str:
     reasons = "; ".join(outcome.reasons[:3]) + ("; …" if len(outcome.reasons) > 3 else "")
     if outcome.action == "run":
         return f"on {outcome.where}: {reasons}" if outcome.where else reasons
-    return f"restored from the cache: {reasons}"
+    return f"restored: {reasons}"

@@ -49,6 +49,16 @@ def _dump_whole(path: Any, *args: Any, **kwargs: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file as a whole: who reads it meanwhile sees the one before or this one."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _one_at_a_time(schema: Callable[[T], T]) -> Callable[[T], T]:
     """Validate dvc.yaml in one thread at a time.
 
@@ -95,7 +105,7 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _unmemoized(out: Output) -> LocalHashFileDB:
+def unmemoized(out: Output) -> LocalHashFileDB:
     """The cache of an output without DVC's database of hashes, which a restore fills unread."""
     return LocalHashFileDB(out.cache.fs, out.cache.path)
 
@@ -105,25 +115,34 @@ def as_recorded(out: Output) -> bool:
     if not out.exists:
         return False
     _, _, found = build(
-        _unmemoized(out), out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore
+        unmemoized(out), out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore
     )
     return bool(found.hash_info == out.hash_info)
 
 
-def drop_bad_objects(out: Output) -> None:
+def drop_bad_objects(out: Output) -> bool:
     """Remove the objects of an output from the cache whose bytes are not those of their name.
 
     DVC trusts every object of mode 0444, and never writes one again that is there.
+
+    Returns:
+        Whether there was one.
     """
     if not out.hash_info:
-        return
+        return False
+    bad = False
     objects = [out.hash_info.value]
     tree = out.get_obj()  # None when the listing of a folder cannot be read
     if isinstance(tree, Tree):
         objects += [info.value for _, _, info in tree if info]
     for name in objects:
-        with contextlib.suppress(ObjectFormatError, FileNotFoundError):
-            HashFileDB.check(_unmemoized(out), name)  # LocalHashFileDB's own looks at the mode
+        try:
+            HashFileDB.check(unmemoized(out), name)  # LocalHashFileDB's own looks at the mode
+        except FileNotFoundError:
+            continue
+        except ObjectFormatError:
+            bad = True
+    return bad
 
 
 def changed_files(out: Output) -> list[str]:
@@ -206,7 +225,7 @@ def remove_leftovers(repo: Repo) -> list[str]:
 
 
 def alive(pid: int) -> bool:
-    """Whether there is such a process."""
+    """Whether a process exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -167,13 +167,13 @@ def test_a_run_that_writes_dvc_lock_is_made_from_its_commit(
 
 # Sound, and signed or not.
 def test_a_package_that_is_not_signed_is_sound_and_said_to_be_unsigned(lab: Path) -> None:
-    done = typed("verify", "--json", cwd=lab)
+    done = typed("verify", "models/package", "--json", cwd=lab)
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
     verdicts = {one["check"]: one["verdict"] for one in said["findings"]}
     assert said["sound"] and verdicts.pop("signature") == "not checked"
     assert set(verdicts.values()) == {"ok"} and len(verdicts) == 6
-    done = typed("verify", "--signed", cwd=lab)
+    done = typed("verify", "models/package", "--signed", cwd=lab)
     assert done.exit_code == 1 and "model.sig: not signed" in done.output
 
 
@@ -630,7 +630,7 @@ def test_what_is_not_sound_is_not_made_again(package: Path, here: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_real_package_is_made_again_byte_for_byte(lab: Path, tmp_path: Path) -> None:
-    done = typed("verify", "--rebuild", "--json", cwd=lab)
+    done = typed("verify", "models/package", "--rebuild", "--json", cwd=lab)
     assert done.exit_code == 0, done.output
     verdicts = {one["check"]: one["verdict"] for one in json.loads(done.stdout)["findings"]}
     assert verdicts["rebuild"] == "ok"

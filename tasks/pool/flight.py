@@ -78,6 +78,8 @@ class Flight:
                 move(self.root, what, remote=self.remote, probe_seconds=probe)
                 self._answered |= move is remote.push  # before, it may be empty
                 return
+            except remote.DamagedHere:
+                raise
             except UserError as error:
                 self._answered = False
                 if time.monotonic() > deadline:

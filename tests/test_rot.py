@@ -1,0 +1,456 @@
+"""Bytes that rot: named by `olivepress verify`, brought back by `--repair`, never used by a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from benchmarks.rot import FAULTS, content, files, flip, trial, written
+from conftest import BIN, typed
+from lab import commit
+from stages.errors import UserError
+from tasks import bridge, overrides, remote
+from tasks.repair import repair
+from tasks.verify import check
+
+FIRST = """
+import os, time
+from pathlib import Path
+os.makedirs("out/first", exist_ok=True)
+Path("out/record").write_text(str(time.time_ns()))
+text = Path("in.txt").read_text()
+for name in ("a", "b", "c"):
+    Path(f"out/first/{name}").write_text(f"{name}: {text}")
+Path("runs").open("a").write("1")
+"""
+EACH = """
+import sys
+from pathlib import Path
+inner = "".join(path.read_text() for path in sorted(Path("out/first").iterdir()))
+Path(f"out/each-{sys.argv[1]}").write_text(inner * 2)
+Path("runs").open("a").write("2")
+"""
+DATA = """
+stages:
+  first:
+    cmd: cp data/rows.jsonl copy
+    deps: [data/rows.jsonl]
+    outs: [copy]
+"""
+
+
+def run(root: Path, name: str = "first") -> bridge.Outcome:
+    return bridge.reproduce(root, name, lambda line: None, 60)
+
+
+@pytest.fixture
+def made(toy: Path) -> Path:
+    """The toy with a stage that makes a folder and one that reads it, run and committed.
+
+    As in the project, the first also records when it ran. Each run leaves a digit in `runs`.
+    """
+    text = (toy / "dvc.yaml").read_text()
+    (toy / "dvc.yaml").write_text(
+        text.replace("outs: [out/first]", "outs: [out/first, out/record]")
+    )
+    (toy / "first.py").write_text(FIRST)
+    (toy / "each.py").write_text(EACH)
+    (toy / ".gitignore").write_text("/out/\n/runs\n/remote/\n")
+    both(toy)
+    commit(toy, "made")
+    return toy
+
+
+def both(root: Path) -> list[str]:
+    """Bring both stages up to date, and say what was done with each."""
+    return [run(root, name).action for name in ("first", "each@travel")]
+
+
+def object_of(root: Path, path: str) -> Path:
+    """The object of the cache with what a file of the workspace should hold."""
+    lock = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
+    outs = {out["path"]: out["md5"] for entry in lock.values() for out in entry["outs"]}
+    cache = root / ".dvc/cache/files/md5"
+    if path in outs:
+        return cache / outs[path][:2] / outs[path][2:]
+    folder, _, name = path.rpartition("/")
+    listed = json.loads(object_of(root, folder).read_text())
+    md5 = next(entry["md5"] for entry in listed if entry["relpath"] == name)
+    return cache / md5[:2] / md5[2:]
+
+
+def record_of(root: Path, stage: str) -> Path:
+    key = next(made.key for made in bridge.made(root) if made.stage == stage)
+    return next((root / ".dvc/cache/runs" / str(key)[:2] / str(key)).iterdir())
+
+
+def store(root: Path) -> None:
+    """A DVC remote in the project's folder `remote`."""
+    (root / ".dvc/config.local").write_text(
+        f"[core]\n    remote = store\n['remote \"store\"']\n    url = {root / 'remote'}\n"
+    )
+
+
+def rot(path: Path) -> None:
+    flip(path, random.Random(0))
+
+
+def found(root: Path) -> list[tuple[str, str]]:
+    return [(one.path, one.what) for one in check(root).findings]
+
+
+# What verify says and does.
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_every_file_is_named_and_brought_back(made: Path, fault: str) -> None:
+    assert check(made).sound
+    tried = 0
+    for kind, paths in files(made).items():
+        if kind != "input" or fault == "flip":
+            for path in paths:
+                if not (fault == "delete" and kind == "record"):  # as if it had never been there
+                    assert trial(made, path, FAULTS[fault], path.name) == "", path
+                    tried += 1
+    assert tried >= 9
+    assert (made / "runs").read_text() == "12"
+
+
+def test_random_files_of_the_lab(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the real pipeline: its package, its models, its cache."""
+    monkeypatch.chdir(lab)
+    before, chance = content(lab), random.Random(7)
+    kinds = files(lab)
+    package = [path for path in kinds["output"] if path.is_relative_to(lab / "models/package")]
+    chosen = [chance.choice(paths) for paths in (package, *kinds.values())]
+    for path in chosen:
+        flip(path, chance)
+    done = typed("verify", "--json", cwd=lab)
+    names = sorted({path.relative_to(lab).as_posix() for path in chosen})
+    assert done.exit_code == 1
+    assert sorted(one["path"] for one in json.loads(done.stdout)["findings"]) == names
+    done = typed("verify", "--repair", cwd=lab)
+    assert done.exit_code == 0 and "all sound" in done.stdout
+    assert content(lab) == before
+
+
+def test_what_is_said_of_each(made: Path) -> None:
+    first = made / "out/first"
+    (first / "a").write_text("my own words, longer than before")
+    written(first / "b", (first / "c").read_bytes())
+    written(object_of(made, "out/first/c"), b"c")
+    (first / "new").touch()
+    (made / "each.py").write_text(EACH + "# edited\n")
+    report = check(made)
+    said = {one.path.removeprefix("out/first/"): one for one in report.findings}
+    assert said["a"].what == "changed" and said["a"].of == ["first"]
+    assert said["b"].what == "swapped" and said["b"].note == (
+        "has the content of out/first/c (first)"
+    )
+    assert said["new"].what == "extra"
+    (one,) = (one for one in report.findings if one.kind == "object")
+    assert one.what == "truncated" and one.of == ["out/first/c (first)"]
+    assert one.note == "1 of 9 bytes"
+    assert report.stale == ["each.py"] and len(report.findings) == 4
+
+
+def test_an_edit_is_no_damage(made: Path) -> None:
+    (made / "in.txt").write_text("other\n")
+    done = typed("verify", cwd=made)
+    assert done.exit_code == 0
+    assert "edited     in.txt" in done.stdout and "all sound" in done.stdout
+
+
+def test_an_edit_that_rots_is_not_undone(made: Path) -> None:
+    """What Git has of it is older than the edit."""
+    (made / "in.txt").write_text("edited\n")
+    assert bridge.status(made)["first"].action == "run"  # so DVC knows the edit
+    written(made / "in.txt", b"edjted\n")
+    mending = repair(made)
+    assert [(one.path, one.what) for one in mending.after.findings] == [("in.txt", "damaged")]
+    assert (made / "in.txt").read_text() == "edjted\n"
+    assert any(not one.mended and "touch it" in one.how for one in mending.done)
+
+
+def test_what_somebody_wrote_is_moved_and_kept(made: Path) -> None:
+    (made / "out/first/a").write_text("by hand")
+    (made / "out/first/new").write_text("also by hand")
+    assert repair(made).after.sound
+    aside = (path for path in (made / ".dvc/tmp/damaged").rglob("*") if path.is_file())
+    kept = {path.name: path.read_text() for path in aside}
+    assert kept == {"a": "by hand", "new": "also by hand"}
+    assert (made / "out/first/a").read_text() == "a: hello\n"
+
+
+def test_both_copies_are_bad_so_it_is_computed(made: Path) -> None:
+    """All is as it was afterwards, with nothing below that would have to run."""
+    before = content(made)
+    for path in (made / "out/first/b", object_of(made, "out/first/b")):
+        rot(path)
+    mending = repair(made)
+    assert mending.after.sound
+    assert any("made again by first: the same bytes" in one.how for one in mending.done)
+    after = content(made)
+    before.pop("runs"), after.pop("runs")
+    assert {name for name in before if after.get(name) != before[name]} == set()
+    assert (made / "runs").read_text() == "121" and both(made) == ["unchanged", "unchanged"]
+
+
+def test_what_now_comes_out_differently_is_said(made: Path) -> None:
+    (made / "first.py").write_text(FIRST.replace("{name}:", "{__import__('time').time_ns()}:"))
+    both(made)
+    for path in (made / "out/first/b", object_of(made, "out/first/b")):
+        rot(path)
+    mending = repair(made)
+    assert mending.after.sound and any("other bytes" in one.how for one in mending.done)
+    assert both(made) == ["unchanged", "run"]
+
+
+def test_a_stage_whose_inputs_changed_is_not_run_for_it(made: Path) -> None:
+    (made / "in.txt").write_text("other\n")
+    for path in (made / "out/first/b", object_of(made, "out/first/b")):
+        rot(path)
+    mending = repair(made)
+    assert not mending.after.sound
+    assert any("would now make something else: in.txt modified" in one.how for one in mending.done)
+    assert (made / "runs").read_text() == "12" and (made / "out/first/a").exists()
+
+
+def test_from_the_remote(made: Path) -> None:
+    store(made)
+    remote.push(made)
+    before = content(made)
+    listing = object_of(made, "out/first")
+    for path in (made / "out/first/b", object_of(made, "out/first/b"), listing):
+        rot(path)
+    rot(record_of(made, "first"))
+    mending = repair(made)
+    assert mending.after.sound and "fetched from the remote" in {one.how for one in mending.done}
+    assert content(made) == before and (made / "runs").read_text() == "12"
+
+
+@pytest.fixture
+def tracked(toy: Path) -> Path:
+    """A stage that copies data of a `.dvc` file, not run yet; the path of the data."""
+    (toy / "dvc.yaml").write_text(DATA)
+    (toy / "data").mkdir()
+    (toy / "data/rows.jsonl").write_text("1\n2\n")
+    with contextlib.closing(Repo(str(toy))) as repo:
+        repo.add("data/rows.jsonl")
+    return toy / "data/rows.jsonl"
+
+
+def object_of_data(root: Path) -> Path:
+    md5 = yaml.safe_load((root / "data/rows.jsonl.dvc").read_text())["outs"][0]["md5"]
+    return root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+
+
+def test_data_that_nothing_can_bring_back_is_left(toy: Path, tracked: Path) -> None:
+    run(toy)
+    (toy / "copy").unlink()
+    rot(object_of_data(toy))
+    rot(tracked)
+    bad = tracked.read_bytes()
+    mending = repair(toy)
+    assert not mending.after.sound and tracked.read_bytes() == bad
+    assert any(not one.mended and one.path == "data/rows.jsonl" for one in mending.done)
+    for _ in range(2):
+        with pytest.raises(bridge.StageFailed, match=r"rows\.jsonl: damaged, and the cache has no"):
+            run(toy)
+
+
+def test_data_that_was_edited_is_no_damage(toy: Path, tracked: Path) -> None:
+    run(toy)
+    tracked.write_text("1\n")
+    report = repair(toy).after
+    assert report.sound and report.stale == ["data/rows.jsonl"] and tracked.read_text() == "1\n"
+    rot(object_of_data(toy))  # of which a copy that the stage made is sound
+    assert repair(toy).after.sound and tracked.read_text() == "1\n"
+
+
+def test_of_a_folder_of_data_only_what_rots_is_put_back(toy: Path) -> None:
+    (toy / "dvc.yaml").write_text(DATA.replace("cp data", "cp -r data").replace(".jsonl", ""))
+    (toy / "data/rows").mkdir(parents=True)
+    for name in "abc":
+        (toy / "data/rows" / name).write_text(name * 9)
+    with contextlib.closing(Repo(str(toy))) as repo:
+        repo.add("data/rows")
+    run(toy)
+    (toy / "data/rows/a").write_text("edited")
+    (toy / "data/rows/new").write_text("new")
+    rot(toy / "data/rows/b")
+    mending = repair(toy)
+    assert [one.path for one in mending.before.findings] == ["data/rows/b"]
+    assert mending.after.sound and mending.after.stale == ["data/rows"]
+    now = {path.name: path.read_text() for path in (toy / "data/rows").iterdir()}
+    assert now == {"a": "edited", "b": "b" * 9, "c": "c" * 9, "new": "new"}
+
+
+def test_dvc_lock_itself(made: Path) -> None:
+    """A wrong hash in it: what it is of is named, and the right one comes back."""
+    before, lock = content(made), made / "dvc.lock"
+    md5 = yaml.safe_load(lock.read_text())["stages"]["each@travel"]["outs"][0]["md5"]
+    written(lock, lock.read_bytes().replace(md5.encode(), b"a" * 32))
+    (path, _), (missing, _) = found(made)
+    assert path == "out/each-travel" and missing.endswith("a" * 30)
+    assert repair(made).after.sound
+    assert content(made) | {"runs": ""} == before | {"runs": ""}  # for the stage was run
+    written(lock, b"\xff" + lock.read_bytes())
+    assert "dvc.lock" in typed("verify", cwd=made).stderr
+    lock.unlink()
+    done = typed("verify", cwd=made)
+    assert done.exit_code == 1 and "dvc.lock is not there: olivepress run writes it" in done.stderr
+
+
+def test_nothing_is_repaired_while_a_run_writes(made: Path) -> None:
+    """What a stage is writing is not damaged."""
+    (made / "each.py").write_text(f"print('on', flush=True)\ninput()\n{EACH}")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    with subprocess.Popen([BIN / "dvc", "repro"], cwd=made, env=env, **pipes) as other:
+        assert any(line.strip() == "on" for line in other.stdout or ())
+        with pytest.raises(UserError, match=f"process {other.pid} is at work in this project"):
+            repair(made)
+        other.communicate("go on\n", timeout=60)
+    assert other.returncode == 0 and repair(made).after.sound
+
+
+# What a run does.
+
+
+def test_a_rotten_input_is_restored_before_it_is_read(made: Path) -> None:
+    """DVC's database says that it is unchanged, as time and size are."""
+    rot(made / "out/first/b")
+    (made / "each.py").write_text(EACH + "# new\n")
+    assert run(made).action == "unchanged"  # nothing is read, so nothing is looked at
+    outcome = run(made, "each@travel")
+    assert outcome.action == "run"
+    assert "out/first/b was damaged: restored" in outcome.reasons
+    assert (made / "out/each-travel").read_text() == "a: hello\nb: hello\nc: hello\n" * 2
+    assert check(made).sound and (made / "runs").read_text() == "122"
+
+
+def test_a_rotten_input_without_a_sound_copy_is_made_again(made: Path) -> None:
+    rot(made / "out/first/b")
+    rot(object_of(made, "out/first/b"))
+    (made / "each.py").write_text(EACH + "# new\n")
+    outcome = run(made, "each@travel")
+    assert "out/first/b was damaged: made again" in outcome.reasons
+    assert (made / "out/each-travel").read_text() == "a: hello\nb: hello\nc: hello\n" * 2
+    assert check(made).sound and (made / "runs").read_text() == "1212"
+
+
+def test_a_rotten_source_file_stops_the_stage(made: Path) -> None:
+    before = (made / "out/first/a").read_text()
+    overrides.apply(made, {"quantize.bits": 8})
+    written(made / "in.txt", b"hallo\n")
+    for _ in range(2):
+        with pytest.raises(bridge.StageFailed, match=r"in\.txt: damaged: the bytes were changed"):
+            run(made)
+    assert (made / "out/first/a").read_text() == before and (made / "runs").read_text() == "12"
+    os.utime(made / "in.txt")  # so it was meant
+    assert run(made).action == "run"
+
+
+def test_rotten_data_is_restored_before_it_is_read(toy: Path, tracked: Path) -> None:
+    rot(tracked)
+    outcome = run(toy)
+    assert "data/rows.jsonl was damaged: restored" in outcome.reasons
+    assert (toy / "copy").read_text() == "1\n2\n"
+
+
+def test_a_new_output_is_not_replaced_by_a_rotten_object(made: Path) -> None:
+    """DVC left the bad object where it was, and linked it over what the stage had just written."""
+    old, text = object_of(made, "out/each-travel"), (made / "out/each-travel").read_text()
+    (made / "in.txt").write_text("other\n")
+    assert both(made) == ["run", "run"]
+    rot(old)
+    (made / "in.txt").write_text("hello\n")
+    (made / "each.py").write_text(EACH + "# the same output, by another way\n")
+    assert both(made) == ["restore", "run"]
+    assert (made / "out/each-travel").read_text() == text
+    assert check(made).sound
+
+
+@pytest.mark.parametrize("what", ["a file", "the listing", "the listing, in half"])
+def test_a_bad_object_costs_no_run_while_the_output_is_sound(made: Path, what: str) -> None:
+    """Without its listing in the cache, DVC ran the stage, and never wrote the listing again."""
+    bad = object_of(made, "out/first/b" if what == "a file" else "out/first")
+    if what == "the listing, in half":
+        written(bad, bad.read_bytes()[:20])
+    else:
+        bad.unlink()
+    outcome = run(made)
+    word = "damaged" if what == "the listing, in half" else "missing"
+    assert outcome.action == "restore"
+    assert outcome.reasons == [f"out/first was {word} in the cache, and is sound here"]
+    assert check(made).sound and both(made) == ["unchanged", "unchanged"]
+    assert (made / "runs").read_text() == "12"
+
+
+def test_the_last_sound_copy_is_kept_when_the_stage_fails(made: Path) -> None:
+    """DVC removes outputs before it runs a stage, and put rotten ones back when it failed."""
+    rot(object_of(made, "out/first/b"))
+    (made / "first.py").write_text("raise SystemExit('first: no')\n")
+    with pytest.raises(bridge.StageFailed, match="first: no"):
+        run(made)
+    assert (made / "out/first/b").read_text() == "b: hello\n"
+
+
+@pytest.mark.parametrize("how", ["another's", "rotten", "no text"])
+def test_a_bad_record_of_the_run_cache_restores_nothing(made: Path, how: str) -> None:
+    """One that named another's output was believed: dvc.lock then recorded the wrong bytes."""
+    other = record_of(made, "first")
+    (made / "in.txt").write_text("other\n")
+    run(made)
+    theirs = record_of(made, "first")
+    if how == "another's":
+        written(theirs, other.read_bytes())
+    elif how == "rotten":
+        rot(theirs)
+    else:
+        written(theirs, b"\xff" * 100)
+    (made / "in.txt").write_text("hello\n")
+    assert run(made).action == "restore"
+    (made / "in.txt").write_text("other\n")
+    assert run(made).action == "run"
+    assert (made / "out/first/a").read_text() == "a: other\n"
+
+
+# What is sent and what arrives.
+
+
+def test_a_rotten_object_is_not_sent(made: Path) -> None:
+    store(made)
+    bad = object_of(made, "out/first/b")
+    rot(bad)
+    with pytest.raises(UserError, match=rf"{bad.name} \(out/first/b .*verify --repair"):
+        remote.push(made)
+    assert not (made / "remote").exists() or not list((made / "remote").rglob(bad.name))
+    assert remote.push(made, ["each@travel"]).files == 1  # which does not need it
+    assert repair(made).after.sound
+
+
+def test_what_arrives_rotten_is_refused(made: Path) -> None:
+    store(made)
+    remote.push(made)
+    bad = object_of(made, "out/first/b")
+    record = record_of(made, "first")
+    for path in (bad, record):
+        rot(next((made / "remote").rglob(path.name)))
+    shutil.rmtree(made / ".dvc/cache")
+    shutil.rmtree(made / "out")
+    moved = remote.pull(made)
+    assert sorted(Path(name).name for name in moved.damaged) == sorted((bad.name, record.name))
+    assert not bad.exists() and not record.exists()
+    assert both(made) == ["run", "unchanged"]
+    assert check(made).sound

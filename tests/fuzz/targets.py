@@ -19,7 +19,7 @@ from hypothesis.strategies import SearchStrategy
 from stages import assets, azure, blobs, convert, fetch, generation, hub, params, rows, sums
 from stages import tokenizer as tokenizers
 from stages.errors import UserError
-from tasks import lineage, overrides, run_cache, store
+from tasks import lineage, origin, overrides, run_cache, store
 from tasks.publish.folder import Folder
 from tasks.sweep import spec
 from tasks.sweep.search import Search
@@ -254,6 +254,57 @@ def read_sums(folder: Path, data: bytes) -> None:
     write(folder / "SHA256SUMS", data)
     write(folder / "x", b"")
     sums.verify(folder)
+
+
+# A package that says of itself what one does, so that all of its checks have something to read.
+FOLDER_MD5 = f"md5:{'1' * 32}.dir"
+TRACE: dict[str, Any] = {
+    "fetch": {"cmd": "x", "deps": {}, "params": {}, "outs": {"models/base": FOLDER_MD5}},
+    "quantize": {"cmd": "x", "deps": {}, "params": {"quantize.bits": 4}, "outs": {}, "record": {}},
+    "package": {"record": {"versions": {"onnxruntime-genai": "0.14.1"}, "run_id": None}},
+}
+MATERIALS = {
+    "bomFormat": "CycloneDX",
+    "specVersion": "1.6",
+    "metadata": {"component": {"type": "machine-learning-model", "name": "x"}},
+    "components": [
+        {"type": "library", "name": "torch", "version": "2", "purl": "pkg:pypi/torch@2"},
+        {"type": "file", "name": "a", "hashes": [{"alg": "SHA-256", "content": "0" * 64}]},
+    ],
+}
+PACKAGE: dict[str, Any] = {
+    "olivepress.json": {
+        "format": 1,
+        "adapters": {"travel": "adapters/travel.onnx_adapter"},
+        "prompt_template": "{prompt}",
+        "base": {"source": "hf", "id": "a/b", "revision": "0" * 40, "content": FOLDER_MD5},
+        "writer": {"olivepress": "0.1.0"},
+    },
+    "lineage.json": TRACE,
+    "bom.cdx.json": MATERIALS,
+    "metrics/travel.json": {"onnx_on": {"perplexity": 2.0}, "answers": [{"prompt": "a"}]},
+    "genai_config.json": GENAI,
+}
+
+
+def read_package(name: str) -> Callable[[Path, bytes], None]:
+    """`olivepress verify` of a package in which one file is the case, and the sums are right."""
+
+    def read(folder: Path, data: bytes) -> None:
+        for path, good in PACKAGE.items():
+            write(folder / path, data if path == name else inputs.as_json(good))
+        write(folder / "README.md", b"# A model")
+        (folder / sums.SUMS).unlink(missing_ok=True)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        sums.write(
+            folder, {path.relative_to(folder).as_posix(): sums.sha256(path) for path in files}
+        )
+        found = origin.verify_package(folder)
+        assert any(finding.verdict == "failed" for finding in found)
+        for finding in found:
+            assert finding.message and (finding.path or "").isprintable()
+
+    return read
 
 
 def adapter_names(folder: Path, name: str) -> None:
@@ -584,6 +635,9 @@ TARGETS = {
         templates(), _tokenizer, use_template, ("chat template",), 0.5, extremes=False
     ),
 }
+for _name, _good in PACKAGE.items():
+    _read = read_package(_name)
+    TARGETS[f"package {Path(_name).name}"] = Target(json_like(_good), nothing, _read, (), 0.5)
 # These load a whole tokenizer for each case.
 for _name, _good in tokenizer_files().items():
     TARGETS[_name] = Target(json_like(_good), prepare_base, read_tokenizer(_name), (), 0.2)

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-long ui down clean lint lock azure-up azure-down
+.PHONY: install demo test test-long fuzz audit ui down clean lint lock azure-up azure-down
 
 install: $(INSTALLED)  ## the virtual environment, from the lock
 
@@ -21,6 +21,18 @@ test: install  ## everything but what takes minutes
 
 test-long: install  ## that too: sweeps in bad weather
 	$(BIN)/pytest -m long
+
+fuzz: install  ## 100,000 cases for the readers of what others wrote, some minutes
+	$(BIN)/python -m tests.fuzz --cases 100000
+
+# Without --disable-pip it would resolve the lock anew, in an environment of its own.
+audit: .audit  ## known weaknesses in what the lock installs; asks pypi.org
+	.audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock
+
+.audit:  ## pip-audit, in an environment of its own
+	$(PYTHON) -m venv .audit
+	.audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 || \
+	    { rm -rf .audit; exit 1; }
 
 ui: install  ## start the Prefect server and say where its pages are
 	@$(BIN)/olivepress ui

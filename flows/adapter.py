@@ -15,6 +15,7 @@ from stages.card import shown
 from stages.errors import UserError
 from stages.gates import Gate, judge
 from stages.params import Gates
+from stages.reading import Missing
 from stages.stage import METRICS, PLOTS, read_json
 
 # Key in the metrics, label, whose size, taught or not.
@@ -217,10 +218,10 @@ def _json(path: Path) -> dict[str, Any]:
     """What the file holds; empty when it is not there."""
     try:
         return read_json(path)
-    except FileNotFoundError:
+    except Missing:
         return {}
-    except ValueError as error:
-        raise _damaged(path, error) from None
+    except UserError as error:
+        raise UserError(f"{error}; `olivepress run` restores it") from None
 
 
 def _columns(path: Path, x: str, y: str) -> list[tuple[float, float]]:

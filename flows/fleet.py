@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from flows.console import Json, in_project, print_json, quiet_prefect, stop
 
@@ -121,6 +120,7 @@ def adopt(
 ) -> None:
     """Write a candidate's params.yaml and dvc.lock; what it made is then restored, not computed."""
     with in_project() as root:
+        from stages.reading import yaml_file, yaml_value
         from stages.stage import new_output
         from tasks import overrides
         from tasks.pool.workspace import remote_of
@@ -132,8 +132,8 @@ def adopt(
         if "dvc.lock" in made:
             with new_output(root / "dvc.lock") as path:
                 path.write_text(made["dvc.lock"], "utf-8")
-        now = yaml.safe_load((root / "params.yaml").read_text("utf-8"))
-        differs = bool(made) and yaml.safe_load(made["params.yaml"]) != now
+        now = yaml_file(root / "params.yaml")
+        differs = bool(made) and yaml_value(made["params.yaml"], "params.yaml of it") != now
         if as_json:
             print_json({"candidate": one["number"], "changes": changes})
             return

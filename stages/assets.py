@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from stages import azure, blobs
 from stages.errors import UserError
-from stages.fetch import WANTED, check_space, check_weights
+from stages.fetch import check_space, check_weights, is_wanted
 from stages.params import ASSET, Params
 from stages.stage import BASE, remove
 
@@ -69,11 +68,7 @@ def reference(text: str) -> tuple[azure.Place, str, str]:
 
 def wanted(names: Iterable[str]) -> list[str]:
     """Those that later stages read, in whatever folder they are."""
-    return sorted(
-        name
-        for name in names
-        if any(fnmatch(PurePosixPath(name).name, pattern) for pattern in WANTED)
-    )
+    return sorted(name for name in names if is_wanted(PurePosixPath(name).name))
 
 
 def model_folder(what: str, names: Iterable[str]) -> str:

@@ -7,7 +7,6 @@ and download hold whole files in memory, start over after a cut and can wait for
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import UserError
+from stages.reading import json_object
 from stages.redact import without_secrets
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ def _config_json(root: Path) -> dict[str, Any]:
     for path in (root / "config.json", root / ".azureml/config.json"):
         if path.exists():
             try:
-                values = json.loads(path.read_text("utf-8"))
+                values = json_object(path)
                 return {key: values[key] for key in WORKSPACE}
-            except (ValueError, KeyError, TypeError):
+            except (UserError, KeyError):
                 raise UserError(
                     f"{path}: expected subscription_id, resource_group and workspace_name, as in "
                     "the config.json that the Azure portal offers for a workspace"

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import io
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.azure import explain, explained, failures
 from stages.errors import UserError
+from stages.reading import CONTROL
 from stages.stage import progress
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ WORKERS = 4
 TRIES = 6
 LONGEST_WAIT = 60.0  # seconds before another try, whatever the service asks for
 PROGRESS_SECONDS = 0.5
+LONGEST_NAME = 200  # bytes of a part of a name: of 255, with what a part of a file has behind it
 PASSING = {408, 429, 500, 502, 503, 504}
 SPOILT = "Md5Mismatch"  # with 400: what arrived is not what was sent
 
@@ -209,8 +212,7 @@ def download(store: Store, prefix: str, names: list[str], folder: Path, told: To
             what the service says it is: that file is removed, and the next try begins it anew.
     """
     for name in names:
-        if name.startswith("/") or "\\" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
-            raise UserError(f"{store.what}: {name!r} is no name for a file in a folder; refused")
+        check_name(store.what, name)
     there = store.listed(prefix)
     for name in names:
         path, blob = folder / name, there[name]
@@ -219,6 +221,15 @@ def download(store: Store, prefix: str, names: list[str], folder: Path, told: To
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             _download_file(store, prefix + name, blob, path, told)
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise a UserError for a blob's name that is no path in a folder."""
+    parts = name.split("/")
+    outside = name.startswith("/") or not {"", ".", ".."}.isdisjoint(parts)
+    unfit = "\\" in name or CONTROL.search(name)
+    if outside or unfit or max(len(part.encode()) for part in parts) > LONGEST_NAME:
+        raise UserError(f"{what}: {name!r} is no name for a file in a folder; refused")
 
 
 def _is_of(blob: BlobProperties, path: Path) -> bool:
@@ -231,7 +242,8 @@ def _download_file(store: Store, name: str, blob: BlobProperties, path: Path, to
     from azure.core import MatchConditions
 
     # The etag in its name: what was fetched of another state of the blob is not gone on with.
-    part = path.with_name(f"{path.name}.{blob.etag.strip(chr(34))}.part")
+    state = re.sub(r"\W", "", blob.etag)  # the service's word, which is to be a part of a path
+    part = path.with_name(f"{path.name}.{state[:40]}.part")
     with part.open("ab") as file:
         told(file.tell())
 

@@ -30,6 +30,7 @@ from stages.stage import (
     run,
     write_json,
 )
+from stages.tokenizer import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,12 +121,11 @@ def compare(rows: list[dict], adapter: str, params: Evaluate, with_onnx: bool) -
     Raises:
         UserError: the adapter cannot be switched on and off.
     """
-    from transformers import AutoTokenizer
 
     from passes.lora import load_adapted
     from stages.scoring import encode, score, torch_logits, torch_tokens_per_second
 
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = load(BASE)
     examples = encode(tokenizer, rows)
     figures: dict[str, Any] = {"rows": len(rows), "text_perplexity": {"onnx_off": None}}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -13,7 +12,9 @@ from pathlib import Path
 
 from stages.errors import UserError
 from stages.params import Params
+from stages.reading import Missing, content, json_object, tensors
 from stages.stage import BASE, new_output, progress, remove, run
+from stages.tokenizer import explained
 
 # What the later stages read; anything else in a repository or folder is left there.
 WANTED = [
@@ -29,7 +30,10 @@ WANTED = [
     "merges.txt",
     "LICENSE*",
 ]
-PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"]
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle"]
+# Whatever they are called otherwise: what runs code when it is read.
+NEVER = [*PICKLES, "*.py", "*.so", "*.dll"]
+TOKENIZER_BYTES = 256 << 20  # Gemma 3's has 33 MB
 INDEX = "model.safetensors.index.json"
 # Where Olive's ModelWrapper looks for the blocks of a decoder (olive/common/hf/wrapper.py, LAYERS).
 FIRST_BLOCK = re.compile(r"(model|transformer|gpt_neox|model\.decoder)\.(layers|h)\.0\.")
@@ -80,14 +84,38 @@ def copy(source: Path, out: Path) -> int:
             f"base.path: {source}: {'not a folder' if source.exists() else 'not found'}"
         )
     parameters = check_base(source)
-    names = sorted(path.name for path in source.iterdir() if path.is_file())
-    names = [name for name in names if any(fnmatch(name, pattern) for pattern in WANTED)]
+    names = sorted(path.name for path in source.iterdir() if is_wanted(path.name))
+    check_links(source, names)
     check_space(out.parent, sum((source / name).stat().st_size for name in names))
     out.mkdir()
     for done, name in enumerate(names, start=1):
         shutil.copyfile(source / name, out / name)
         progress(done, len(names), name)
     return parameters
+
+
+def is_wanted(name: str) -> bool:
+    """Whether later stages read a file of this name."""
+    fits = any(fnmatch(name, pattern) for pattern in WANTED)
+    return fits and not any(fnmatch(name, pattern) for pattern in NEVER)
+
+
+def check_links(folder: Path, names: list[str]) -> None:
+    """Raise a UserError for a name that is no file, or a link out of the folder.
+
+    Such a link in a model that a stranger made would bring any file of this machine into the
+    package. The links of the hub's cache, from snapshots/COMMIT to blobs, stay in their repository.
+    """
+    inside = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        inside.append(folder.resolve().parents[1] / "blobs")
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: no plain file")
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in inside):
+            raise UserError(f"{path}: a link to {target}, out of the folder; copy the file there")
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -124,32 +152,40 @@ def check_base(folder: Path) -> int:
     check_config(folder)
     check_weights(str(folder), sorted(path.name for path in folder.iterdir()))
     parameters = check_tensors(folder)
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder}: no tokenizer.json, the form of tokenizer that is needed here")
+    check_tokenizer(folder)
+    return parameters
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise a UserError unless tokenizer.json is one; say it if there is no chat template."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        text = content(path, TOKENIZER_BYTES)
+    except Missing:
+        raise UserError(f"{folder}: no tokenizer.json, the form of tokenizer needed here") from None
+    with explained(f"{path}: no tokenizer"):
+        Tokenizer.from_str(text.decode("utf-8"))
     settings = folder / "tokenizer_config.json"
     inside = settings.exists() and "chat_template" in read_object(settings)
     if not inside and not (folder / "chat_template.jinja").exists():
         print(f"{folder}: no chat template; prepare.template must be a text, not `chat`")
-    return parameters
 
 
 def read_object(path: Path) -> dict:
     """Read a JSON object, or raise a UserError that names the file."""
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+        return json_object(path)
+    except Missing:
         raise UserError(f"{path}: missing; expected a Hugging Face model folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
 
 
 def check_config(folder: Path) -> None:
     """Raise a UserError that names what a config is, unless it is a float decoder for text."""
     config = read_object(folder / "config.json")
-    names = config.get("architectures") or ["no architecture"]
+    listed = config.get("architectures")
+    names = listed if listed and isinstance(listed, list) else ["no architecture"]
     if config.get("is_encoder_decoder"):
         kind = "an encoder-decoder"
     elif "vision_config" in config or "audio_config" in config:
@@ -159,10 +195,13 @@ def check_config(folder: Path) -> None:
     elif "auto_map" in config and not known_to_transformers(str(config.get("model_type"))):
         kind = "read with Python code of its own, which is never run here"
     elif "quantization_config" in config:
-        kind = f"quantized already ({config['quantization_config'].get('quant_method')})"
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        kind = f"quantized already ({str(method)[:40]})"
     else:
         return
-    raise UserError(f"{folder}: {names[0]} is {kind}; needed is a decoder-only ...ForCausalLM")
+    name = str(names[0])[:80]
+    raise UserError(f"{folder}: {name} is {kind}; needed is a decoder-only ...ForCausalLM")
 
 
 def known_to_transformers(model_type: str) -> bool:
@@ -170,28 +209,27 @@ def known_to_transformers(model_type: str) -> bool:
     spec = importlib.util.find_spec("transformers")
     folders = (spec.submodule_search_locations if spec else None) or []
     name = model_type.replace("-", "_")
-    return any((Path(folder) / "models" / name).is_dir() for folder in folders)
+    places = [Path(folder) / "models" / name for folder in folders]
+    return name.isidentifier() and any(place.is_dir() for place in places)
 
 
 def check_tensors(folder: Path) -> int:
     """Check every safetensors file's header and size, and return the number of parameters."""
-    from safetensors import SafetensorError, safe_open
-
     shards = {path.name for path in folder.glob("*.safetensors")}
     if (folder / INDEX).exists():
-        wanted = set(read_object(folder / INDEX).get("weight_map", {}).values())
+        listed = read_object(folder / INDEX).get("weight_map", {})
+        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+            raise UserError(f"{folder / INDEX}: weight_map is no list of tensors with their files")
+        wanted = set(listed.values())
         if wanted - shards:
             raise UserError(f"{folder}: missing shards: {', '.join(sorted(wanted - shards))}")
     names: list[str] = []
     parameters = 0
     for shard in sorted(shards):
-        try:
-            with safe_open(folder / shard, "numpy") as file:
-                names += file.keys()
-                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-                parameters += sum(math.prod(shape) for shape in shapes)
-        except SafetensorError as error:
-            raise UserError(f"{folder / shard}: damaged or cut off: {error}") from None
+        with tensors(folder / shard) as file:
+            names += file.keys()
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+            parameters += sum(math.prod(shape) for shape in shapes)
     if not any(FIRST_BLOCK.match(name) for name in names):
         raise UserError(f"{folder}: no decoder blocks under a name that Olive knows")
     return parameters

@@ -10,6 +10,7 @@ from stages.errors import UserError
 from stages.params import Finetune, Params
 from stages.rows import read_prepared
 from stages.targets import target_shapes
+from stages.tokenizer import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,12 +44,11 @@ def finetune(model: Path, rows: Path, out: Path, plot: Path, params: Finetune) -
 
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
-    from transformers import AutoTokenizer
 
     from passes.calibration import data_config
     from passes.lora import ADAPTER_FILES, Diverged, QuantLora
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load(model)
     sequences, labels = encode(rows, tokenizer, params.max_seq_len)
     config = {
         "r": params.r,

@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-from stages.errors import UserError
+from stages.errors import UserError, shortened
+from stages.reading import ADAPTER_NAME, CONTROL, Missing, json_object
 
 SUFFIX = ".onnx_adapter"
 MANIFEST = "olivepress.json"
+# Keys of genai_config.json that name code to be loaded.
+LIBRARIES = {"custom_ops_library", "library_path"}
 
 
 class CannotRunHere(UserError):
@@ -29,14 +32,91 @@ class CannotRunHere(UserError):
 
 def provider(folder: Path) -> str:
     """The execution provider that a model is for, as genai_config.json names it, or cpu."""
-    config = json.loads((folder / "genai_config.json").read_text("utf-8"))
+    return _provider(read_config(folder))
+
+
+def _provider(config: dict[str, Any]) -> str:
     options = config["model"]["decoder"]["session_options"]["provider_options"]
     return next((name for option in options for name in option), "cpu")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's genai_config.json, with all that is read here and nothing that is not data.
+
+    Raises:
+        UserError: it is missing or damaged; it names a file out of the folder, or a library, whose
+            code would be run.
+    """
+    path = folder / "genai_config.json"
+    try:
+        config = json_object(path)
+    except Missing:
+        raise UserError(f"{folder}: no genai_config.json; expected a model for genai") from None
+    for key, value in _entries(config):
+        if key in LIBRARIES:
+            raise UserError(f"{path}: {key}: a library of its own is never loaded")
+        if key == "filename" and not _stays(folder, value):
+            raise UserError(f"{path}: {key} {shortened(value)}: no file of the folder")
+    try:
+        model = config["model"]
+        options = model["decoder"]["session_options"]["provider_options"]
+        whole = all(isinstance(option, dict) for option in options)
+        whole &= isinstance(model["context_length"], int) and model["context_length"] > 0
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: not as the exporter writes it: model.context_length or …")
+    return config
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, however deep."""
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, dict):
+            yield from one.items()
+            todo += one.values()
+        elif isinstance(one, list):
+            todo += one
+
+
+def _stays(folder: Path, name: Any) -> bool:
+    """Whether a name is that of a file in the folder, or of none."""
+    if not isinstance(name, str) or CONTROL.search(name):
+        return False
+    return (folder / name).resolve().is_relative_to(folder.resolve())
+
+
 def adapters_of(folder: Path) -> dict[str, Path]:
-    """A package's adapters by name."""
-    return {p.name.removesuffix(SUFFIX): p for p in folder.glob(f"adapters/*{SUFFIX}")}
+    """A package's adapters by name.
+
+    Raises:
+        UserError: one is a link, or its name could be none in params.yaml.
+    """
+    found = sorted(folder.glob(f"adapters/*{SUFFIX}"))
+    for path in found:
+        if not ADAPTER_NAME.fullmatch(path.name.removesuffix(SUFFIX)):
+            raise UserError(f"{folder}/adapters: {path.name!r} is no name of an adapter")
+        if path.is_symlink() or not path.is_file():
+            raise UserError(f"{path}: no plain file")
+    return {path.name.removesuffix(SUFFIX): path for path in found}
+
+
+def prompt_template(folder: Path) -> str:
+    """The text that a package's model was taught to answer, with {prompt} once.
+
+    Raises:
+        UserError: the folder is not a package, so nothing says what that text is.
+    """
+    path = folder / MANIFEST
+    try:
+        template = json_object(path).get("prompt_template")
+    except Missing:
+        raise UserError(f"{folder}: no {MANIFEST}; expected a package") from None
+    if not isinstance(template, str) or template.count("{prompt}") != 1:
+        raise UserError(f"{path}: prompt_template must be a text with {{prompt}} once")
+    return template
 
 
 class Session:
@@ -52,13 +132,11 @@ class Session:
     """
 
     def __init__(self, folder: Path, adapters: Mapping[str, Path] | None = None) -> None:
-        if not (folder / "genai_config.json").is_file():
-            raise UserError(f"{folder}: no genai_config.json; expected a model for genai")
+        config = read_config(folder)
         adapters = adapters_of(folder) if adapters is None else adapters
         self.folder = folder
         self.adapters = sorted(adapters)
-        config = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
-        self.context_length: int = config["context_length"]
+        self.context_length: int = config["model"]["context_length"]
         reading = folder
         try:
             self._model = og.Model(str(folder))
@@ -67,11 +145,11 @@ class Session:
             for name in self.adapters:
                 reading = adapters[name]
                 self._adapters.load(str(reading), name)
-        except RuntimeError as error:
+        except Exception as error:  # of the library, whatever C++ threw
             why = str(error).strip()
-            if reading == folder and provider(folder) != "cpu":
+            if reading == folder and _provider(config) != "cpu":
                 raise CannotRunHere(
-                    f"{folder} is for {provider(folder)}, and does not load on this machine: {why}"
+                    f"{folder} is for {_provider(config)}, and does not load on this machine: {why}"
                 ) from None
             raise UserError(f"{reading}: cannot be loaded: {why}") from None
 
@@ -85,11 +163,7 @@ class Session:
         Raises:
             UserError: the folder is not a package, so nothing says what that text is.
         """
-        manifest = self.folder / MANIFEST
-        if not manifest.exists():
-            raise UserError(f"{self.folder}: no {MANIFEST}; expected a package")
-        template = json.loads(manifest.read_text("utf-8"))["prompt_template"]
-        return template.replace("{prompt}", prompt)
+        return prompt_template(self.folder).replace("{prompt}", prompt)
 
     def stream(
         self, prompt: str, adapter: str | None = None, max_new_tokens: int = 256

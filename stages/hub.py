@@ -13,12 +13,16 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.blobs import shown
 from stages.errors import UserError
-from stages.fetch import WANTED, check_space, check_weights
+from stages.fetch import WANTED, check_space, check_weights, is_wanted
+from stages.reading import CONTROL, JSON_BYTES, parsed
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # it becomes a path, and is checked
 TRIES = 5  # in a row that bring no new byte of a file
@@ -95,32 +99,75 @@ def wanted(repo: str, revision: str) -> list[File]:
         UserError: no usable weights, or a list without sizes and digests.
         ValueError: the answer is not the hub's.
     """
-    from huggingface_hub import ModelInfo, constants, hf_hub_url
-    from huggingface_hub.file_download import repo_folder_name
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+    from huggingface_hub import constants
 
-    reply = http_backoff(
-        "GET",
-        f"{constants.ENDPOINT}/api/models/{repo}/revision/{revision}",
-        params={"blobs": True},
-        headers=build_hf_headers(),
-        timeout=constants.HF_HUB_ETAG_TIMEOUT,
-        retry_on_exceptions=(),
-    )
-    hf_raise_for_status(reply)
-    listed = ModelInfo(**reply.json()).siblings or []
-    top = {file.rfilename: file for file in listed if "/" not in file.rfilename}
+    answer = asked(f"{constants.ENDPOINT}/api/models/{repo}/revision/{revision}")
+    return listed(answer, repo, revision)
+
+
+def listed(answer: bytes, repo: str, revision: str) -> list[File]:
+    """The files that are wanted, of the hub's answer about a commit.
+
+    Raises:
+        UserError, ValueError: as `wanted`.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import repo_folder_name
+
+    top = {file.rfilename: file for file in siblings(answer) if "/" not in file.rfilename}
     check_weights(f"{repo} at {revision}", sorted(top))
     blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs")
     files = []
     for name, file in sorted(top.items()):
-        if any(fnmatch(name, pattern) for pattern in WANTED):
+        if is_wanted(name):
             digest = (file.lfs.sha256 if file.lfs else file.blob_id) or ""
-            if file.size is None or not DIGEST.fullmatch(digest):
+            if CONTROL.search(name) or "\\" in name:
+                raise UserError(f"{constants.ENDPOINT}: {repo}: {name!r} is no name for a file")
+            if not isinstance(file.size, int) or file.size < 0 or not DIGEST.fullmatch(str(digest)):
                 raise UserError(f"{constants.ENDPOINT}: {repo}: no size or digest of {name}")
             url = hf_hub_url(repo, name, revision=revision)
             files.append(File(name, url, file.size, blobs / digest))
     return files
+
+
+def asked(url: str) -> bytes:
+    """The hub's answer about a repository, asked again when it is busy.
+
+    Raises:
+        ValueError: it does not end.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    stream = http_stream_backoff(
+        "GET",
+        f"{url}?blobs=true",
+        headers=build_hf_headers(),
+        timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        retry_on_exceptions=(),
+    )
+    data = b""
+    with stream as reply:
+        hf_raise_for_status(reply)
+        for part in reply.iter_bytes():
+            data += part
+            if len(data) > JSON_BYTES:
+                raise ValueError(f"more than {JSON_BYTES:,} bytes about one repository")
+    return data
+
+
+def siblings(answer: bytes) -> list[RepoSibling]:
+    """The files that the hub's answer lists; ValueError when it is not the hub's."""
+    from huggingface_hub import ModelInfo
+
+    value = parsed(answer)
+    try:
+        found = ModelInfo(**value).siblings or []
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"not an answer of the hub: {error}") from None
+    if not all(isinstance(file.rfilename, str) for file in found):
+        raise ValueError("not an answer of the hub: a file without a name")
+    return found
 
 
 def bring(file: File, told: Callable[[int], None]) -> None:
@@ -192,6 +239,9 @@ def append(file: File, have: int, told: Callable[[int], None]) -> None:
             out.truncate(0)
             told(-have)
         for data in reply.iter_bytes():
+            if out.tell() + len(data) > file.size:
+                out.truncate(0)
+                raise UserError(f"base.id: {file.url}: more than the {file.size:,} bytes listed")
             out.write(data)
             told(len(data))
     if file.part.stat().st_size <= have:

@@ -14,6 +14,7 @@ from stages.gates import OF_MEASURE, check_gates
 from stages.params import Evaluate, Params
 from stages.rows import read_halves
 from stages.stage import BASE, METRICS, QUANTIZED, new_output, progress, read_json, run, write_json
+from stages.tokenizer import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,9 +36,8 @@ def main(params: Params) -> None:
         UserError: the text is too short, or the gate is not met; then the figures are written all
             the same.
     """
-    from transformers import AutoTokenizer
 
-    text = known_text(params.evaluate, AutoTokenizer.from_pretrained(BASE))
+    text = known_text(params.evaluate, load(BASE))
     models = {"base": BASE, "quantized": QUANTIZED}
     known: dict[str, float] = {}
     for done, (name, folder) in enumerate(models.items(), start=1):

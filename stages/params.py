@@ -7,13 +7,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from stages.errors import UserError
+from stages.errors import UserError, shortened
+from stages.reading import ADAPTER_NAME, CONTROL, Missing, yaml_file
 
-# A leading - would make it an option of a command.
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 # A version of a model in Azure ML: of a registry, or of a workspace, as `az ml model show` says it.
 ASSET = re.compile(
     r"azureml:(//registries/(?P<registry_name>[\w-]+)|//?subscriptions/(?P<subscription_id>[\w-]+)"
@@ -21,8 +27,22 @@ ASSET = re.compile(
     r"(/providers/Microsoft\.MachineLearningServices)?/workspaces/(?P<workspace_name>[\w-]+))"
     r"/models/(?P<name>[\w.-]+)/versions/(?P<version>[\w.-]+)"
 )
+# A repository of the hub: it becomes a part of an address.
+REPOSITORY = re.compile(r"([A-Za-z0-9_][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 REMOTE = {"hf", "azureml"}  # sources that base.id names a model of
 GROUP_SIZES = (16, 32, 64, 128, 256)  # those of MatMulNBits that every exporter takes
+
+
+def _as_path(value: str) -> str:
+    """Refuse what is no path of a file here: DVC takes an address for data that it should fetch."""
+    if not value.strip() or CONTROL.search(value):
+        raise ValueError("must be a path, without control characters")
+    if "://" in value:
+        raise ValueError("must be a path here, and not an address")
+    return value
+
+
+FilePath = Annotated[str, AfterValidator(_as_path)]
 
 
 class Section(BaseModel):
@@ -38,7 +58,7 @@ class Base(Section):
     """Hub repository, for `hf`. Address of a model version, for `azureml`."""
     revision: str | None
     """`hf`: commit of the repository, 40 hex digits. `azureml`: digest of the content, 64."""
-    path: str
+    path: FilePath
     """`builtin`: the rows it is trained on. `local`: the model's folder."""
     seed: int = Field(ge=0)
     """`builtin`: initial weights and order of rows."""
@@ -47,6 +67,8 @@ class Base(Section):
     def pinned(self) -> Base:
         if self.source == "hf" and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError("base.revision must be a commit of 40 hex digits, not a branch or tag")
+        if self.source == "hf" and (not REPOSITORY.fullmatch(self.id) or ".." in self.id):
+            raise ValueError("base.id must be a repository of the hub, NAME or OWNER/NAME")
         if self.source == "azureml":
             if not ASSET.fullmatch(self.id):
                 raise ValueError(
@@ -60,7 +82,7 @@ class Base(Section):
 
 
 class Adapter(Section):
-    data: str
+    data: FilePath
     """JSON Lines file, one example a line."""
     prompt_column: str = "prompt"
     """Key of the question in each row."""
@@ -96,7 +118,7 @@ class Quantize(Section):
     """Weights of a row that share a scale."""
     symmetric: bool
     """No zero points."""
-    calibration_data: str
+    calibration_data: FilePath
     """JSON Lines with `text`, or with `prompt` and `response`."""
     calibration_samples: int = Field(ge=1)
     """Sequences."""
@@ -174,7 +196,7 @@ class Evaluate(Section):
     """Longest generated answer, in tokens."""
     speed_tokens: int = Field(ge=2)
     """Tokens generated to measure speed."""
-    text: str
+    text: FilePath
     """JSON Lines file of text that the base model knows."""
     text_tokens: int = Field(ge=2)
     """Tokens of it that are scored."""
@@ -244,7 +266,7 @@ class Params(Section):
             # A dot would split the parameter's key, so fewer characters than in a file name.
             if not ADAPTER_NAME.fullmatch(name) or name in {"base", "none"}:
                 raise ValueError(
-                    f"{name!r} cannot name an adapter: 1 to 64 letters, digits, _ and -, "
+                    f"{shortened(name)} cannot name an adapter: 1 to 64 letters, digits, _ and -, "
                     "not beginning with -, and not 'base' or 'none'"
                 )
         return value
@@ -276,7 +298,7 @@ def known_keys() -> list[str]:
 
 def _problem(error: Any) -> str:
     """One line for one pydantic error: the key, what is wrong, and the nearest known key."""
-    loc = [str(part) for part in error["loc"]]
+    loc = [_word(part) for part in error["loc"]]
     key = ".".join(loc) or "params"
     if error["type"] == "extra_forbidden":
         shown = ["adapters", "NAME", *loc[2:]] if loc[0] == "adapters" and len(loc) > 2 else loc
@@ -288,7 +310,13 @@ def _problem(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if error["loc"] and not message.startswith(key) else message
-    return f"{key}: must be {message}, not {error['input']!r}"
+    return f"{key}: must be {message}, not {shortened(error['input'])}"
+
+
+def _word(part: object) -> str:
+    """A part of a key as it is shown: on one line, and not without end."""
+    text = CONTROL.sub("?", str(part))
+    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def check(values: Any, source: str = "params.yaml") -> Params:
@@ -308,10 +336,6 @@ def check(values: Any, source: str = "params.yaml") -> Params:
 def load(path: Path = Path("params.yaml")) -> Params:
     """Read and check params.yaml."""
     try:
-        return check(yaml.safe_load(path.read_text("utf-8")), path.name)
-    except FileNotFoundError:
+        return check(yaml_file(path), path.name)
+    except Missing:
         raise UserError(f"{path}: not found; run this in the folder of the project") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {error}") from None

@@ -16,6 +16,7 @@ from stages.errors import UserError
 from stages.params import Params
 from stages.rows import SHOWN_PROBLEMS, Row, read_rows, render, unique
 from stages.stage import BASE, PREPARED, new_output, read_json, run, write_json
+from stages.tokenizer import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,14 +41,12 @@ def main(params: Params, adapter: str) -> None:
     spec = params.adapters[adapter]
     data = Path(spec.data)
     rows = read_rows(data, spec.prompt_column, spec.response_column, f"adapters.{adapter}")
-    from transformers import AutoTokenizer  # 2 s, so only for rows that can be read
-
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = load(BASE)  # 2 s, so only for rows that can be read
     examples = encode(tokenizer, params.prepare.template, unique(rows))
     check_lengths(data, examples, params.finetune.max_seq_len)
     train, held_out = split(data, examples, params.prepare.eval_percent)
     summary = report(rows, examples, train, held_out)
-    summary["prompt_template"] = render(tokenizer, params.prepare.template, "{prompt}", "-")[0]
+    summary["prompt_template"] = prompt_template(tokenizer, params.prepare.template)
     with new_output(PREPARED / adapter) as out:
         out.mkdir()
         write_rows(out / "train.jsonl", map(as_row, train))
@@ -65,6 +64,17 @@ def main(params: Params, adapter: str) -> None:
         f"{summary['train']} rows to train on, {summary['eval']} to evaluate on; "
         f"tokens: median {tokens['median']}, 95% {tokens['p95']}, longest {tokens['max']}"
     )
+
+
+def prompt_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The text that a model is given, with {prompt} where the question goes."""
+    text = render(tokenizer, template, "{prompt}", "-")[0]
+    if text.count("{prompt}") != 1:
+        raise UserError(
+            "the tokenizer's chat template does not write a question once and as it is; set "
+            "prepare.template to a text with {prompt} and {response}"
+        )
+    return text
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, template: str, rows: list[Row]) -> list[Example]:

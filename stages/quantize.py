@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stages import rows, stage
 from stages.errors import UserError
 from stages.params import GROUP_SIZES, Params, Quantize
+from stages.tokenizer import load
 
 if TYPE_CHECKING:
     from olive.data.config import DataConfig
@@ -83,7 +84,7 @@ def check_group_size(base: Path, group_size: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"{base} is already quantized: set quantize.algorithm to none, or start from its "
@@ -111,11 +112,9 @@ def calibration_data(base: Path, calibration: Path, params: Quantize) -> DataCon
     Raises:
         UserError: there is too little of it.
     """
-    from transformers import AutoTokenizer
-
     from passes.calibration import data_config, pack
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load(base)
     texts = rows.read_calibration(calibration, tokenizer)
     documents = tokenizer(texts, add_special_tokens=False).input_ids
     length = params.calibration_seq_len
@@ -149,9 +148,8 @@ def layer_errors(base: Path, quantized: Path, text: Path) -> list[float]:
     """
     import torch
     from olive.model import HfModelHandler
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load(base)
     texts = rows.read_calibration(text, tokenizer)
     documents = tokenizer(texts, add_special_tokens=False).input_ids
     tokens = [token for document in documents for token in document][:ERROR_TOKENS]

@@ -6,10 +6,13 @@ import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from stages.errors import UserError
+from stages.reading import opened, unique_keys
+from stages.tokenizer import conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHOWN_PROBLEMS = 10
+SHOWN_COLUMNS, SHOWN_LETTERS = 20, 60
+LINE_BYTES = 16 << 20  # no model reads so long a row
 BOM = b"\xef\xbb\xbf"
 
 
@@ -114,7 +119,8 @@ def render(
             tokenizer's beginning-of-sequence token, if it adds one by itself, and its end token.
 
     Raises:
-        UserError: the tokenizer has no chat template, or one that does not continue its own prompt.
+        UserError: the tokenizer has no chat template, or one that does not continue its own prompt,
+            fails, or takes too long.
     """
     if template != "chat":
         before, _, after = template.partition("{response}")
@@ -128,8 +134,8 @@ def render(
         )
     user = {"role": "user", "content": prompt}
     assistant = {"role": "assistant", "content": response}
-    start = str(tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False))
-    full = str(tokenizer.apply_chat_template([user, assistant], tokenize=False))
+    start = conversation(tokenizer, [user], add_generation_prompt=True)
+    full = conversation(tokenizer, [user, assistant])
     if not full.startswith(start):
         raise UserError(
             "the tokenizer's chat template writes a finished conversation otherwise than it starts "
@@ -148,10 +154,6 @@ def _to_stop(text: str, response: str, tokenizer: PreTrainedTokenizerBase) -> st
 
 def _read(path: Path, parse: Callable[[int, dict], T]) -> list[T]:
     """Parse every line, or raise one UserError for all lines that cannot be."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a JSON Lines file")
-    if not path.exists():
-        raise UserError(f"{path}: not found")
     rows: list[T] = []
     problems: list[str] = []
     bad = 0
@@ -174,8 +176,10 @@ def _read(path: Path, parse: Callable[[int, dict], T]) -> list[T]:
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Yield (line number, byte offset in the file, bytes) of each line that is not blank."""
     offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with opened(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
+            if len(line) > LINE_BYTES:
+                raise UserError(f"{path}:{number}: more than {LINE_BYTES:,} bytes in one line")
             mark = len(BOM) if number == 1 and line.startswith(BOM) else 0
             if line[mark:].strip():
                 yield number, offset + mark, line[mark:]
@@ -187,7 +191,7 @@ def _object(line: bytes, offset: int) -> dict:
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("UTF-16; save the file as UTF-8")
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {offset + error.start} of the file") from None
     except json.JSONDecodeError as error:
@@ -203,9 +207,10 @@ def _object(line: bytes, offset: int) -> dict:
 def _text(row: dict, column: str, setting: str = "") -> str:
     """The text in a column; ValueError says what is there instead."""
     if column not in row:
-        near = difflib.get_close_matches(column.lower(), [key.lower() for key in row], 1)
-        meant = [key for key in row if [key.lower()] == near]
-        hint = f", did you mean {meant[0]!r}?" if meant else f"; it has {', '.join(row) or 'none'}"
+        keys = [key[:SHOWN_LETTERS] for key in islice(row, SHOWN_COLUMNS)]
+        near = difflib.get_close_matches(column.lower(), [key.lower() for key in keys], 1)
+        meant = [key for key in keys if [key.lower()] == near]
+        hint = f", did you mean {meant[0]!r}?" if meant else f"; it has {', '.join(keys) or 'none'}"
         where = f" ({setting} in params.yaml says which to read)" if setting else ""
         raise ValueError(f"no column {column!r}{hint}{where}")
     value = row[column]

@@ -23,6 +23,7 @@ from pathlib import Path
 from stages import params as parameters
 from stages.errors import UserError
 from stages.params import Params
+from stages.reading import json_object
 
 MODELS = Path("models")
 BASE = MODELS / "base"
@@ -155,7 +156,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text("utf-8"))
+    """The object in a JSON file that a stage wrote.
+
+    Raises:
+        UserError: as `stages.reading.json_object`: it is missing or damaged.
+    """
+    return json_object(path)
 
 
 def killed_with_parent() -> None:

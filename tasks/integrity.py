@@ -219,7 +219,7 @@ def _at_work(repo: Repo) -> set[int]:
     """Other processes that hold paths of the project: runs, `dvc` commands."""
     try:
         held = read_json(Path(repo.tmp_dir) / RWLOCK_FILE)
-    except (FileNotFoundError, ValueError):
+    except UserError:
         return set()
     readers = [one for infos in held.get("read", {}).values() for one in infos]
     pids = {int(one["pid"]) for one in [*held.get("write", {}).values(), *readers]}

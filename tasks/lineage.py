@@ -86,7 +86,10 @@ def _record(root: Path, stage: str) -> dict[str, Any]:
     """The stage's own record; empty when it is missing or was damaged by hand."""
     try:
         if stage == "package":  # it keeps its own record inside the package
-            return read_json(root / PACKAGE / "lineage.json")["package"]["record"]
-        return read_json(root / LINEAGE / f"{stage}.json")
-    except (FileNotFoundError, ValueError, KeyError):
+            found = read_json(root / PACKAGE / "lineage.json")["package"]["record"]
+        else:
+            found = read_json(root / LINEAGE / f"{stage}.json")
+    except (UserError, KeyError, TypeError):
         return {}
+    whole = isinstance(found, dict) and isinstance(found.get("versions", {}), dict)
+    return found if whole else {}

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stages import params
 from stages.errors import UserError
+from stages.reading import YAML_BYTES, content, yaml_value
 
 
 def parse(assignments: list[str]) -> dict[str, Any]:
@@ -22,15 +21,12 @@ def parse(assignments: list[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise UserError(f"-S {text}: write it as key=value, for instance quantize.bits=8")
-        try:
-            values[key.strip()] = _scalar(value)
-        except yaml.YAMLError:
-            raise UserError(f"-S {text}: the value is not valid YAML") from None
+        values[key.strip()] = _scalar(value, f"-S {text if len(text) < 200 else key}")
     return values
 
 
-def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
+def _scalar(text: str, where: str) -> Any:
+    value = yaml_value(text, where)
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
         try:
             return float(value)
@@ -63,12 +59,12 @@ def apply(root: Path, overrides: Mapping[str, Any]) -> list[str]:
     editor.preserve_quotes = True
     editor.width = 4096
     editor.representer.add_representer(type(None), _null)
-    values = editor.load(path.read_text("utf-8"))
+    values = editor.load(content(path, YAML_BYTES))
     changes = [change for key, new in overrides.items() if (change := _set(values, key, new))]
     out = io.StringIO()
     editor.dump(values, out)
     text = out.getvalue()
-    params.check(yaml.safe_load(text))
+    params.check(yaml_value(text, path.name))
     if changes:
         temporary = path.with_name(f".params.yaml.tmp-{os.getpid()}")
         temporary.write_text(text, "utf-8")

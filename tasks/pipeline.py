@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ FILES = [  # that say what the stages are
     *("dvc.yaml", "dvc.lock", "params.yaml"),
     *(".dvcignore", ".dvc/config", ".dvc/config.local"),
 ]
+DEEPEST = 500
 
 
 @contextlib.contextmanager
@@ -29,8 +31,25 @@ def opened(root: Path) -> Iterator[Repo]:
     Raises:
         UserError: what DVC says is wrong, here or in the caller's use of it.
     """
+    check_depth(root)
     with _said(), contextlib.closing(Repo(str(root), _wait_for_lock=True)) as repo:
         yield repo
+
+
+def check_depth(root: Path) -> None:
+    """Raise a UserError for a file that is nested deeper than any is: DVC's parser, which is C,
+    runs out of stack at some 30,000 levels and takes the process with it."""
+    for name in FILES[:3]:
+        try:
+            text = (root / name).read_bytes()
+        except OSError:
+            continue
+        depth = most = 0
+        for bracket in re.finditer(rb"[][{}]", text):
+            depth += 1 if bracket[0] in b"[{" else -1
+            most = max(most, depth)
+        if most > DEEPEST or re.search(rb"(?:[-?] ){%d}" % DEEPEST, text):
+            raise UserError(f"{root / name}: nested too deep")
 
 
 @contextlib.contextmanager
@@ -40,6 +59,8 @@ def _said() -> Iterator[None]:
         yield
     except DvcException as error:
         raise UserError(_words(error)) from error
+    except RecursionError:
+        raise UserError(f"one of {', '.join(FILES[:3])} is nested too deep") from None
 
 
 def _words(error: BaseException) -> str:
@@ -56,7 +77,10 @@ def _words(error: BaseException) -> str:
 def stages(repo: Repo) -> dict[str, PipelineStage]:
     """Every stage of dvc.yaml by name, as it is written there."""
     lock = Path(repo.root_dir) / "dvc.lock"
-    found = store.patiently(lock, lambda: repo.index.stages)
+    try:
+        found = store.patiently(lock, lambda: repo.index.stages)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # DVC lets these through
+        raise UserError(f"one of {', '.join(FILES[:3])} is damaged: {error}") from None
     return {one.name: one for one in found if is_ours(one)}
 
 
@@ -114,6 +138,7 @@ def read(root: Path, anew: bool = False) -> Iterator[Reading]:
         if anew or root not in _last or _last[root].files != files:
             while _last:
                 _last.popitem()[1].repo.close()
+            check_depth(root)
             repo = Repo(str(root), _wait_for_lock=True)
             _last[root] = Reading(repo, stages(repo), files)
         yield _last[root]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,12 @@ from typing import Any
 
 import yaml
 
+from stages.errors import UserError
+from stages.reading import yaml_file
 from tasks.content import object_path
+
+OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")  # its name in DVC's cache; another may be any path
+RECORD_BYTES = 8 << 20  # a record names some hundred files and parameters
 
 
 @contextmanager
@@ -50,8 +56,8 @@ def outputs(cache: Path, key: str) -> set[str]:
 def _read(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """The records that can be read; a damaged one is `tasks.integrity`'s to name."""
     for path in paths:
-        with suppress(OSError, ValueError, yaml.YAMLError):
-            record = yaml.safe_load(path.read_text("utf-8"))
+        with suppress(UserError):
+            record = yaml_file(path, RECORD_BYTES)
             if isinstance(record, dict) and "cmd" in record:
                 yield record
 
@@ -65,8 +71,9 @@ def records(cache: Path, key: str = "*") -> list[Path]:
 
 
 def _hashes(entries: Any) -> set[str]:
-    outs = (out for entry in entries for out in entry.get("outs") or [])
-    return {out["md5"] for out in outs if isinstance(out, dict) and "md5" in out}
+    lists = [entry.get("outs") for entry in entries]
+    outs = [out for one in lists if isinstance(one, list) for out in one if isinstance(out, dict)]
+    return {out["md5"] for out in outs if OBJECT.fullmatch(str(out.get("md5")))}
 
 
 def contents(cache: Path, name: str) -> set[str] | None:
@@ -75,8 +82,9 @@ def contents(cache: Path, name: str) -> set[str] | None:
         return {name}
     try:
         listed = json.loads(object_path(cache, name).read_bytes())
-        return {name, *(entry["md5"] for entry in listed)}
-    except (OSError, ValueError, KeyError, TypeError):
+        names = {name, *(entry["md5"] for entry in listed)}
+        return names if all(map(OBJECT.fullmatch, names)) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

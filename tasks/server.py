@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -21,9 +22,10 @@ STOP_SECONDS = 20
 PID_FILE = "server.pid"  # where `prefect server stop` looks too
 FIRST_PORT = 4200
 PORTS = 100
+UNREADABLE = (FileNotFoundError, KeyError, TypeError, ValueError)  # what TOML can be that we read
 CONFIG = """\
 # Written by `olivepress` for the server it started; every prefect command in this folder reads it.
-home = "{home}"
+home = {home}
 
 [api]
 url = "http://127.0.0.1:{port}/api"
@@ -129,7 +131,7 @@ def _home(root: Path) -> Path:
 def _own_url(root: Path) -> str | None:
     try:
         return tomllib.loads((root / "prefect.toml").read_text("utf-8"))["api"]["url"]
-    except (FileNotFoundError, KeyError, tomllib.TOMLDecodeError):
+    except UNREADABLE:
         return None
 
 
@@ -140,7 +142,7 @@ def _profile_url() -> str | None:
         profiles = tomllib.loads((home / "profiles.toml").read_text("utf-8"))
         active = os.environ.get("PREFECT_PROFILE") or profiles["active"]
         return profiles["profiles"][active]["PREFECT_API_URL"]
-    except (FileNotFoundError, KeyError, tomllib.TOMLDecodeError):
+    except UNREADABLE:
         return None
 
 
@@ -171,7 +173,8 @@ def _start(root: Path) -> str:
     url = f"http://127.0.0.1:{port}/api"
     home = _home(root)
     home.mkdir(exist_ok=True)
-    (root / "prefect.toml").write_text(CONFIG.format(home=home, port=port), "utf-8")
+    config = CONFIG.format(home=json.dumps(str(home)), port=port)
+    (root / "prefect.toml").write_text(config, "utf-8")
     env = {**os.environ, "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     env.pop("PREFECT_API_URL", None)
     with (home / "server.log").open("ab") as log:

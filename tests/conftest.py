@@ -16,6 +16,8 @@ from unittest import mock
 
 import pytest
 
+from tests.watch import sitecustomize
+
 if TYPE_CHECKING:
     from click.testing import Result
     from exported import Lab
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from tests.emulator.client import Azure
 
 REPO = Path(__file__).resolve().parents[1]
+WATCH = REPO / "tests/watch"
 BIN = Path(sys.executable).parent
 
 TOY = """
@@ -95,6 +98,28 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["DVC_NO_ANALYTICS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ["DVC_SITE_CACHE_DIR"] = str(tmp_path_factory.mktemp("dvc-site-cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def connections(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The file in which connections to elsewhere are noted, of this process and its children."""
+    notes = tmp_path_factory.mktemp("connections") / "notes"
+    notes.touch()
+    os.environ[sitecustomize.NOTES] = str(notes)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WATCH), before]))
+    sys.addaudithook(sitecustomize.watch)
+    yield notes
+
+
+@pytest.fixture(autouse=True)
+def connects_to_nothing_outside(connections: Path) -> Iterator[None]:
+    """Fail a test that connects, or whose children connect, to another machine."""
+    before = connections.stat().st_size
+    yield
+    with connections.open() as notes:
+        notes.seek(before)
+        assert not (found := notes.read()), found
 
 
 @pytest.fixture(autouse=True)

@@ -66,8 +66,15 @@ def test_copies_what_is_needed_and_no_code(project):
 
 def test_links_are_copied_as_files(project):
     """A snapshot in the hub's cache is a folder of links."""
-    (project / "tiny/model.safetensors").rename(project / "blob")
-    (project / "tiny/model.safetensors").symlink_to(project / "blob")
+    snapshot = project / "cache/snapshots/0123"
+    snapshot.parent.mkdir(parents=True)
+    (project / "tiny").rename(snapshot)
+    (project / "cache/blobs").mkdir()
+    (snapshot / "model.safetensors").rename(project / "cache/blobs/ab")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/ab")
+    values = yaml.safe_load((project / "params.yaml").read_text("utf-8"))
+    values["base"]["path"] = str(snapshot)
+    (project / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
     assert run_stage(project, "fetch").returncode == 0
     assert not (project / "models/base/model.safetensors").is_symlink()
 

@@ -28,7 +28,9 @@ def browser() -> Iterator:
 
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
-    for flag in ("--headless=new", "--no-sandbox", "--window-size=1500,1400", "--disable-gpu"):
+    quiet = ("--disable-background-networking", "--disable-component-update")  # it calls home else
+    shape = ("--headless=new", "--no-sandbox", "--window-size=1500,1400", "--disable-gpu")
+    for flag in (*shape, *quiet):
         options.add_argument(flag)
     driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
     yield driver

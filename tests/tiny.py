@@ -48,7 +48,7 @@ def run_stage(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", f"stages.{command[0]}", *command[1:]],
         cwd=project,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
+        env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests/watch'}"},
         capture_output=True,
         text=True,
         check=False,

@@ -57,5 +57,5 @@ def _digest(version: Path) -> str | None:
     """What a version says it holds; None if it says nothing, or is not one of ours."""
     try:
         return read_json(version / CARD)["properties"].get(DIGEST)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, AttributeError):
         return None

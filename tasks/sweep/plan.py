@@ -7,10 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stages import params
 from stages.errors import UserError
+from stages.reading import yaml_file, yaml_value
 from tasks import overrides
 from tasks.git import git, succeeds
 from tasks.pool.machine import Has, needs_of
@@ -35,7 +34,7 @@ def begin(root: Path, spec: Spec, run: str) -> Result:
     """
     commit = _commit(root)
     base = dict(_differences(root))
-    here = yaml.safe_load((root / "params.yaml").read_text("utf-8"))
+    here = yaml_file(root / "params.yaml")
     adapters = list(params.check(here).adapters)
     check_adapters([*spec.objectives, *(one.figure for one in spec.parsed_limits())], adapters)
     for key, choices in spec.space.items():
@@ -92,8 +91,8 @@ def _commit(root: Path) -> str:
 
 def _differences(root: Path) -> Iterator[tuple[str, Any]]:
     """What params.yaml says otherwise than the commit, by dotted key."""
-    there = yaml.safe_load(git(root, "show", "HEAD:./params.yaml")) or {}
-    here = yaml.safe_load((root / "params.yaml").read_text("utf-8")) or {}
+    there = yaml_value(git(root, "show", "HEAD:./params.yaml"), "params.yaml at HEAD") or {}
+    here = yaml_file(root / "params.yaml") or {}
     yield from _changed(there, here, "")
 
 
@@ -129,7 +128,7 @@ def _is_kept(root: Path, path: str) -> bool:
     """Whether Git or DVC has a file, or a folder that it is in, or a stage makes it."""
     whole = [path, *(str(parent) for parent in Path(path).parents if parent != Path())]
     return path.startswith("data/prepared/") or bool(
-        git(root, "ls-files", path, *(f"{one}.dvc" for one in whole))
+        git(root, "--literal-pathspecs", "ls-files", "--", path, *(f"{one}.dvc" for one in whole))
     )
 
 

@@ -8,14 +8,15 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from stages.errors import UserError
 from stages.params import Section
+from stages.reading import Missing, yaml_file
 from tasks.sweep.figures import Limit, check_name
 
-MOST = 10_000  # candidates of a grid
+MOST = 10_000  # candidates
+LARGEST = 2**53
 SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 wants a point in it
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -36,6 +37,8 @@ class Range(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
+        if max(abs(self.low), abs(self.high), self.step or 0) > LARGEST:
+            raise ValueError(f"numbers beyond {LARGEST:,} are no longer one apart as floats")
         if self.low >= self.high:
             raise ValueError("low must be less than high")
         if self.log and (self.low <= 0 or self.step):
@@ -45,11 +48,14 @@ class Range(Section):
         return self
 
     def values(self) -> list[int | float]:
-        """All of them, for a grid."""
+        """All of them, for a grid; ValueError when they are more than a grid may have."""
         step = self.step or (1 if self.whole and not self.log else None)
         if step is None:
             raise ValueError("a grid needs a list, or a range with a step")
-        count = math.floor((self.high - self.low) / step + 1e-9) + 1
+        steps = (self.high - self.low) / step  # infinite for a step that is nearly nothing
+        if steps >= MOST:
+            raise ValueError(f"more than {MOST:,} values; sample some")
+        count = math.floor(steps + 1e-9) + 1
         return [round(self.low + number * step, 12) for number in range(count)]
 
 
@@ -77,7 +83,7 @@ class Spec(Section):
     """Of its folder, its DVC experiments and its runs."""
     sampler: Literal["grid", "random", "tpe"] = "grid"
     """Which candidates: all combinations; any; or where earlier ones did well (Optuna's TPE)."""
-    trials: Annotated[int, Field(ge=1)] | None = None
+    trials: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """How many candidates, for `random` and `tpe`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the sampler."""
@@ -167,11 +173,9 @@ def load(path: Path) -> Spec:
         UserError: it is not there, no YAML, or not valid; one line for each mistake.
     """
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except FileNotFoundError:
+        values = yaml_file(path)
+    except Missing:
         raise UserError(f"{path} is not there: docs/sweeps.md has one to begin with") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     return check(values, str(path))
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import dvc.stage.run
-from dvc.exceptions import NotDvcRepoError
+from dvc.exceptions import NotDvcRepoError, ReproductionError
+from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
@@ -30,7 +31,7 @@ from dvc.stage.serialize import to_single_stage_lockfile
 
 from stages.errors import UserError
 from tasks import pipeline, store
-from tasks.command import Job
+from tasks.command import Job, stopping
 from tasks.need import Action, Inputs, Need, inputs_of, need_of, outdated, unchanged
 from tasks.pipeline import opened, read, stages
 from tasks.pool import gpu
@@ -89,7 +90,7 @@ class Flight(Protocol):
         """
 
 
-_here = threading.local()  # .job: what this thread does for a stage
+_here = threading.local()  # .job: what this thread does for .stage, a project and a name in it
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -122,6 +123,7 @@ def begin(root: Path) -> tuple[dict[str, set[str]], list[str]]:
         UserError: as `graph`.
     """
     with read(root, anew=True) as now:
+        store.free_locks(now.repo)
         order = pipeline.graph(now.repo)
         return order, [*store.remove_leftovers(now.repo), *store.remove_gone(now.repo, order)]
 
@@ -184,6 +186,7 @@ def reproduce(
     """
     started = time.monotonic()
     job = _here.job = Job(on_line, limit_seconds, env or {}, turn=gpu.turn(name))
+    _here.stage = root, name
     try:
         with job.at_work():
             with read(root) as now:
@@ -253,15 +256,36 @@ def _do(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[st
     stage = stages(repo)[name]
     if elsewhere and need_of(stage).action == "run":
         _bring(repo, name, elsewhere)
-    repo.reproduce(targets=[name], single_item=True, force=outdated(stage))
+    _reproduce(repo, name, job, force=outdated(stage))
     if job.process:
         return []
     unfit = _unfit(stages(repo)[name])
     if unfit:
         if elsewhere:
             _bring(repo, name, elsewhere)
-        repo.reproduce(targets=[name], single_item=True, force=not elsewhere)
+        _reproduce(repo, name, job, force=not elsewhere)
     return unfit
+
+
+def _reproduce(repo: Repo, name: str, job: Job, force: bool) -> None:
+    """Have DVC do it; wait for a `dvc` command that is at work on the same files."""
+    told = ""
+    while True:
+        try:
+            repo.reproduce(targets=[name], single_item=True, force=force)
+            return
+        except ReproductionError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            if not isinstance(error.__cause__, LockError):
+                raise
+            who = re.search(r"\(PID \d+\): .*", str(error.__cause__))
+            if (text := f"waits for {who[0] if who else 'another dvc command'}") != told:
+                job.on_line(text)
+                told = text
+            if stopping.wait(1):
+                raise UserError("stopped") from None
+            repo._reset()  # what it read is old
 
 
 def _bring(repo: Repo, name: str, elsewhere: Elsewhere) -> None:
@@ -313,8 +337,18 @@ def _run_command(executable: str | None, cmd: str, **kwargs: Any) -> None:
         return _dvc_run(executable, cmd, **kwargs)
     plain = re.fullmatch(r"[\w@%+=:,./ -]+", cmd)  # needs no shell, which would hide how it ended
     argv = shlex.split(cmd) if plain else dvc.stage.run._make_cmd(executable, cmd)
+    root, name = _here.stage
+    before = pipeline.seen(root, name)
     if code := job.run(argv, **kwargs):
         raise StageCmdFailedError(cmd, code)
+    now = pipeline.seen(root, name)
+    if changed := [what for what in before | now if before.get(what) != now.get(what)]:
+        # DVC would record what was made as made of what is there now.
+        shown = ", ".join(changed[:3]) + (", …" if changed[3:] else "")
+        raise UserError(
+            f"{shown} changed while it ran, so nothing was kept of it: run it again "
+            "(was another branch checked out?)"
+        )
 
 
 _dvc_run = dvc.stage.run._run

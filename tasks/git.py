@@ -35,6 +35,12 @@ def succeeds(root: Path, *args: str) -> bool:
     return _run(root, args, None, {}).returncode == 0
 
 
+def branch(root: Path) -> str:
+    """The branch that is checked out, or the commit where there is none."""
+    name = _run(root, ("symbolic-ref", "--quiet", "HEAD"), None, {}).stdout
+    return (name or _run(root, ("rev-parse", "HEAD"), None, {}).stdout).strip()
+
+
 def _run(
     root: Path, args: tuple[str, ...], stdin: str | None, env: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ A part of `tasks.bridge`.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import threading
@@ -15,10 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import psutil
 from dvc.dvcfile import Lockfile, ProjectFile
 from dvc.exceptions import DvcException
+from dvc.lock import make_lock
 from dvc.output import Output
 from dvc.repo import Repo, lock_repo
+from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
@@ -173,6 +177,50 @@ def _is_free(repo: Repo, path: Path) -> bool:
     overlaps = any(path.is_relative_to(out) or out.is_relative_to(path) for out in made)
     inside = path.resolve().is_relative_to(Path(repo.root_dir).resolve())
     return path.exists() and inside and not overlaps and not repo.scm.is_tracked(str(path))
+
+
+def free_locks(repo: Repo) -> None:
+    """Remove from DVC's list of who reads and writes what those whose process is gone.
+
+    DVC drops an entry when no process has its number; after a restart of the machine or of a
+    container another may have it. It writes the list in place, so that a kill may leave half of it.
+    """
+    folder = Path(repo.tmp_dir)
+    path = folder / RWLOCK_FILE
+    with make_lock(str(folder / RWLOCK_LOCK), tmp_dir=repo.tmp_dir, wait=True):
+        try:
+            held = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return
+        except ValueError:
+            path.unlink()
+            return
+        root = Path(repo.root_dir)
+        for name, writer in list(held.get("write", {}).items()):
+            if not lives(root, writer):
+                del held["write"][name]
+        for name, readers in list(held.get("read", {}).items()):
+            held["read"][name] = [reader for reader in readers if lives(root, reader)]
+        whole = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        whole.write_text(json.dumps(held), "utf-8")
+        whole.replace(path)
+
+
+def lives(root: Path, who: dict[str, Any]) -> bool:
+    """Whether an entry of DVC's list is of a process that lives, and is the one it was.
+
+    That is one in the project's folder, or with the same command line.
+    """
+    try:
+        process = psutil.Process(who["pid"])
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        inside = Path(process.cwd()).is_relative_to(root.resolve())
+        return inside or who["cmd"] in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # another user's
+        return True
 
 
 def remove_leftovers(repo: Repo) -> list[str]:

@@ -1,4 +1,4 @@
-"""Errors that are shown as a message, never as a traceback: a user's mistake, and a machine's lack."""
+"""Errors that are shown as a message, never as a traceback: the user's, and the machine's."""
 
 from __future__ import annotations
 

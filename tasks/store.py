@@ -17,12 +17,14 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import psutil
+import zc.lockfile
 from dvc.dvcfile import Lockfile, ProjectFile
 from dvc.exceptions import DvcException
-from dvc.lock import make_lock
+from dvc.lock import Lock, LockError, make_lock
 from dvc.output import Output
 from dvc.repo import Repo, lock_repo
 from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+from dvc.stage.cache import StageCache, _get_stage_hash
 from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
@@ -30,11 +32,13 @@ from dvc_data.hashfile.db.local import LocalHashFileDB
 from dvc_data.hashfile.hash import file_md5
 from dvc_data.hashfile.tree import Tree
 from dvc_objects.errors import ObjectFormatError
+from zc.lockfile import SimpleLockFile
 
 from stages.stage import remove
 
 T = TypeVar("T")
 TRIES = 20  # a tenth of a second apart: DVC takes some hundredths to write dvc.lock
+RECORD = re.compile(r"[0-9a-f]{64}")  # the name of one in DVC's run-cache
 LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")  # as stages.stage.new_output names them
 
 
@@ -70,6 +74,42 @@ def _one_at_a_time(schema: Callable[[T], T]) -> Callable[[T], T]:
 ProjectFile.SCHEMA = staticmethod(_one_at_a_time(ProjectFile.SCHEMA))  # type: ignore[assignment]
 _dvc_dump = _common._dump_data
 _common._dump_data = _yaml._dump_data = _dump_whole
+
+
+def _newest_whole(cache: StageCache, stage: Any) -> dict[str, Any] | None:
+    """Take the place of `StageCache._load`: the newest record of a run that is whole.
+
+    DVC takes the newest name in a folder, and fails for good where there is none, or one that was
+    not finished: a full disk or a kill leaves either.
+    """
+    key = _get_stage_hash(stage)
+    records = [
+        path
+        for path in Path(cache._get_cache_dir(key or "")).glob("*")
+        if key and RECORD.fullmatch(path.name)
+    ]
+    records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    whole = (cache._load_cache(key, path.name) for path in records)
+    return next((record for record in whole if record), None)
+
+
+StageCache._load = _newest_whole
+
+
+def _lock(self: Lock) -> None:
+    """Take the place of DVC's `_do_lock`, which writes the process's number into the locked file.
+
+    Where the disk is full that fails with the lock held, and the next who wants it waits for good.
+    """
+    self._lock_failed = True
+    try:
+        self._lock = SimpleLockFile(self._lockfile)
+    except zc.lockfile.LockError:
+        raise LockError("another dvc command holds the lock of this project") from None
+    self._lock_failed = False
+
+
+Lock._do_lock = _lock
 
 
 def patiently(lock: Path, read: Callable[[], T]) -> T:

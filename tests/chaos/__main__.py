@@ -1,4 +1,4 @@
-"""`python -m tests.chaos --kills 100 --seed 1`: kill, mend, compare; a row of a table for each kill.
+"""`python -m tests.chaos --kills 100 --seed 1`: kill, mend, compare, with a row for each kill.
 
 The clone stays in its folder, so that `--start` goes on where an earlier command stopped. Every row
 is appended to FOLDER.jsonl, and `--table` prints what is known of them all.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for conftest and lab
 
 from tests.chaos import kills
 
-HEAD = "| # | run by | killed | after s | which was | mended in s | then |\n|---|---|---|---|---|---|---|"
+COLUMNS = ("#", "run by", "killed", "after s", "which was", "mended in s", "then")
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def main() -> int:
@@ -32,6 +34,7 @@ def main() -> int:
     args = parser.parse_args()
     folder: Path = (args.folder or Path(f"/tmp/chaos-{args.kind}")).resolve()
     known = Path(f"{folder}.jsonl")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends it: clean up
     if not args.table:
         clone = kills.Clone(folder, args.kind)
         print(HEAD, flush=True)

@@ -1,4 +1,4 @@
-"""The clones that are killed in: real stages on the built-in model, and quick ones in their shape."""
+"""The clones that are killed in: real stages on the built-in model, and quick ones."""
 
 from __future__ import annotations
 

@@ -182,8 +182,13 @@ def die_with_parent() -> None:
 
     Where a shell stays between the two, it also ends when the shell loses its own parent.
     """
-    first = _watched()
     killed_with_parent()
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """As `die_with_parent`, within half a second, whichever thread it was that started this."""
+    first = _watched()
 
     def watch() -> None:
         while _watched() == first:

@@ -33,6 +33,7 @@ from prefect.flow_engine import run_flow
 from prefect.states import Pending, to_state_create
 
 from stages.errors import UserError
+from stages.stage import end_with_parent
 from tasks.command import stopping
 from tasks.pool import runs
 
@@ -75,6 +76,8 @@ def _create(
 
 def here(root: Path) -> None:
     """Begin a flow: show that its run is alive, and mark those that are not."""
+    if runtime.deployment.id:  # or it would go on when its worker is killed, and nobody looks
+        end_with_parent()
     own = UUID(str(runtime.flow_run.id))
     if own not in _ours:
         _hold(root, str(own))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 from stages.errors import UserError
+from stages.stage import new_output
 
 START_SECONDS = 180  # a new database takes 20 to 40 s on two slow cores
 STOP_SECONDS = 20
@@ -64,10 +66,42 @@ def ensure(root: Path) -> str:
         return chosen
     own = _own_url(root)
     if not own or not answers(own):
-        own = _start(root)
+        own = _begin(root)
     os.environ["PREFECT_API_URL"] = own
     os.environ["PREFECT_HOME"] = str(_home(root))
     return own
+
+
+def _begin(root: Path) -> str:
+    """Start this project's server, unless another command does, or one that was killed meanwhile.
+
+    Two servers on a new database break it.
+    """
+    home = _home(root)
+    home.mkdir(exist_ok=True)
+    with (home / "start.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        own = _own_url(root)
+        deadline = time.monotonic() + START_SECONDS
+        while own and time.monotonic() < deadline:
+            if answers(own):
+                return own
+            if not _lives(home / PID_FILE):
+                break
+            time.sleep(0.25)
+        return _start(root)
+
+
+def _lives(pid_file: Path) -> bool:
+    """Whether the process of a server that was started is there, answering or not."""
+    import psutil  # 0.1 s, and a server is seldom begun
+
+    try:
+        pid = int(pid_file.read_text("utf-8"))
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and "server" in process.cmdline()
+    except (OSError, ValueError, psutil.Error):
+        return False
 
 
 def ui_url(api_url: str) -> str:
@@ -171,7 +205,8 @@ def _start(root: Path) -> str:
     url = f"http://127.0.0.1:{port}/api"
     home = _home(root)
     home.mkdir(exist_ok=True)
-    (root / "prefect.toml").write_text(CONFIG.format(home=home, port=port), "utf-8")
+    with new_output(root / "prefect.toml") as path:  # every prefect command here reads it
+        path.write_text(CONFIG.format(home=home, port=port), "utf-8")
     env = {**os.environ, "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     env.pop("PREFECT_API_URL", None)
     with (home / "server.log").open("ab") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from conftest import BIN, REPO, sh
+from tasks import bridge
 from tests.chaos import processes, project
 from tests.chaos.processes import MARK
 
@@ -57,6 +59,7 @@ class Clone:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kind = folder, kind
+        os.environ["DVC_SITE_CACHE_DIR"] = f"{folder}.dvc-site"
         self.env = {
             **{name: it for name, it in os.environ.items() if not name.startswith("PREFECT_")},
             **{MARK: str(folder), "PYTHONPATH": str(REPO), "PREFECT_WORKER_QUERY_SECONDS": "1"},
@@ -116,7 +119,8 @@ class Clone:
         """Have a server, and for a worker's run the worker and the deployment."""
         if driver == "repro":
             return
-        self._command("olivepress", "ui")
+        if "server" not in self.kinds():
+            self._command("olivepress", "ui")
         if driver != "worker" or "worker" in self.kinds():
             return
         self._start(
@@ -149,18 +153,28 @@ class Clone:
             one.kill()
 
 
-def kill(clone: Clone, seed: int, number: int) -> Kill:
-    """Begin a run, kill something of it at a random moment, and say what a plain run finds."""
+def kill(
+    clone: Clone, seed: int, number: int, which: tuple[str, str] | None = None, within: float = 1.0
+) -> Kill:
+    """Begin a run, kill something of it at a random moment, and say what a plain run finds.
+
+    Args:
+        clone: where.
+        seed, number: of the dice.
+        which: how the run is begun and what is killed; None leaves it to the dice.
+        within: this part of a run's time.
+    """
     dice = random.Random(f"{seed}-{number}")
     driver = dice.choice(list(DRIVERS))
     victim = dice.choice(DRIVERS[driver])
+    driver, victim = which or (driver, victim)
     one = Kill(number, driver, victim, 0)
     clone.forget(dice)
     clone.ready(driver)
     begun = time.monotonic()
     run = clone.begin(driver)
     slower = 1.5 if driver == "worker" else 1.0  # a process is begun for it
-    moment = begun + dice.uniform(0, clone.seconds * slower)
+    moment = begun + dice.uniform(0, clone.seconds * slower * within)
     while time.monotonic() < moment:
         time.sleep(0.02)
     killed = strike(clone, victim, begun + 2 * clone.seconds)
@@ -228,12 +242,9 @@ def state_of(clone: Clone) -> list[str]:
         f"differs: {path}" for path in sorted(now.keys() | clone.made)
         if now.get(path) != clone.made.get(path)
     ]  # fmt: skip
-    status = clone._command("olivepress", "status", "--json")
-    try:
-        needs = json.loads(status.stdout)
-        wrong += [f"stale: {name} {it['reasons']}" for name, it in needs.items() if it["reasons"]]
-    except ValueError:
-        wrong.append(f"no status: {status.stderr[-300:]}")
+    with contextlib.chdir(clone.folder):
+        needs = bridge.status(clone.folder)
+    wrong += [f"stale: {name}: {it.reasons}" for name, it in needs.items() if it.reasons]
     wrong += [f"left: {path}" for path in clone.folder.rglob(".*.tmp-*")]
     return wrong + unfinished(clone)
 

@@ -24,7 +24,7 @@ from dvc.lock import Lock, LockError, make_lock
 from dvc.output import Output
 from dvc.repo import Repo, lock_repo
 from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
-from dvc.stage.cache import StageCache, _get_stage_hash
+from dvc.stage.cache import StageCache, _get_cache_hash, _get_stage_hash
 from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
@@ -77,7 +77,7 @@ _common._dump_data = _yaml._dump_data = _dump_whole
 
 
 def _newest_whole(cache: StageCache, stage: Any) -> dict[str, Any] | None:
-    """Take the place of `StageCache._load`: the newest record of a run that is whole.
+    """Take the place of `StageCache._load`: the newest record of a run whose name is its hash.
 
     DVC takes the newest name in a folder, and fails for good where there is none, or one that was
     not finished: a full disk or a kill leaves either.
@@ -89,8 +89,13 @@ def _newest_whole(cache: StageCache, stage: Any) -> dict[str, Any] | None:
         if key and RECORD.fullmatch(path.name)
     ]
     records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    whole = (cache._load_cache(key, path.name) for path in records)
-    return next((record for record in whole if record), None)
+    for path in records:
+        record: dict[str, Any] | None = cache._load_cache(key, path.name)
+        if record and _get_cache_hash(record) == path.name:
+            return record
+        with contextlib.suppress(OSError):  # or it would stay: what is there is not written again
+            path.unlink()
+    return None
 
 
 StageCache._load = _newest_whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections import Counter
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print what is known, kill nothing")
     args = parser.parse_args()
     folder: Path = (args.folder or Path(f"/tmp/chaos-{args.kind}")).resolve()
+    os.environ["DVC_SITE_CACHE_DIR"] = f"{folder}.dvc-site"  # apart from the user's
     known = Path(f"{folder}.jsonl")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends it: clean up
     if not args.table:

@@ -59,11 +59,10 @@ class Clone:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kind = folder, kind
-        os.environ["DVC_SITE_CACHE_DIR"] = f"{folder}.dvc-site"
         self.env = {
             **{name: it for name, it in os.environ.items() if not name.startswith("PREFECT_")},
             **{MARK: str(folder), "PYTHONPATH": str(REPO), "PREFECT_WORKER_QUERY_SECONDS": "1"},
-            **{"PATH": f"{BIN}:{os.environ['PATH']}", "DVC_SITE_CACHE_DIR": f"{folder}.dvc-site"},
+            **{"PATH": f"{BIN}:{os.environ['PATH']}"},
         }
         kept = Path(f"{folder}.json")
         if not kept.exists():

@@ -75,7 +75,7 @@ def _checked_out(root: Path) -> list[Any]:
 def _changed(root: Path) -> list[str]:
     """What of a run that ended well is stale by now, because another branch was checked out."""
     return [
-        f"{name}: {'; '.join(need.reasons[:3])}, while this ran: run it again for what is checked out now"
+        f"{name}: {'; '.join(need.reasons[:3])}, while this ran: run it again for what is there now"
         for name, need in bridge.status(root).items()
         if need.action != "unchanged"
     ]

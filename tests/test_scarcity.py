@@ -157,7 +157,7 @@ def test_a_run_that_ends_on_another_branch_says_what_is_stale(branches: Path, ap
     assert done.exit_code == 1
     said = done.output.splitlines()[2]
     assert said.startswith("olivepress: first: ") and "params quantize.bits 4 → 8" in said
-    assert said.endswith("while this ran: run it again for what is checked out now")
+    assert said.endswith("while this ran: run it again for what is there now")
     assert typed("run", cwd=branches, PREFECT_API_URL=api).exit_code == 0
     assert (branches / "out/each-travel").read_text() == "other\n" * 2
 

@@ -13,7 +13,7 @@ from prefect.states import Completed, Failed
 
 from flows.optimize import optimize
 from stages.errors import UserError
-from tasks import alive, bridge, remote, store
+from tasks import alive, bridge, locks, remote
 from tasks.command import Job
 from tasks.dvc_command import Dvc
 from tasks.git import git, succeeds
@@ -75,7 +75,7 @@ def at_work(root: Path) -> bool:
     except (FileNotFoundError, json.JSONDecodeError):
         return False
     readers = [reader for readers in held.get("read", {}).values() for reader in readers]
-    return any(store.lives(root, who) for who in [*readers, *held.get("write", {}).values()])
+    return any(locks.lives(root, who) for who in [*readers, *held.get("write", {}).values()])
 
 
 def pull_commits(root: Path) -> list[str]:

@@ -1,10 +1,10 @@
 """The one module that talks to DVC: what a stage needs, making it so, and what made a file.
 
 DVC decides what is stale and does the work; this module asks it stage by stage, and has it run
-commands through `tasks.command`. `tasks.pipeline`, `tasks.need` and `tasks.store` are parts of it.
-DVC also reads the working directory: be in the project's folder. Only `dvc.api` and the command
-line are public in DVC, so every private name that is used is imported in these four;
-tests/test_bridge.py and tests/test_store.py pin them.
+commands through `tasks.command`. Parts of it are `tasks.pipeline`, `tasks.need`, `tasks.store` and
+`tasks.locks`. DVC also reads the working directory: be in the project's folder. Only `dvc.api` and
+the command line are public in DVC, so every private name that is used is imported in these five;
+tests/test_bridge.py, tests/test_store.py and tests/test_scarcity.py pin them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
 
 from stages.errors import UserError
-from tasks import pipeline, store
+from tasks import locks, pipeline, store
 from tasks.command import Job, stopping
 from tasks.need import Action, Inputs, Need, inputs_of, need_of, outdated, unchanged
 from tasks.pipeline import opened, read, stages
@@ -123,7 +123,7 @@ def begin(root: Path) -> tuple[dict[str, set[str]], list[str]]:
         UserError: as `graph`.
     """
     with read(root, anew=True) as now:
-        store.free_locks(now.repo)
+        locks.remove_dead(now.repo)
         order = pipeline.graph(now.repo)
         return order, [*store.remove_leftovers(now.repo), *store.remove_gone(now.repo, order)]
 

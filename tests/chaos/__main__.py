@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for conftest and lab
 
 from tests.chaos import kills
+from tests.chaos.clone import Clone
 
 COLUMNS = ("#", "run by", "killed", "after s", "which was", "mended in s", "then")
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
@@ -38,7 +39,7 @@ def main() -> int:
     known = Path(f"{folder}.jsonl")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends it: clean up
     if not args.table:
-        clone = kills.Clone(folder, args.kind)
+        clone = Clone(folder, args.kind)
         print(HEAD, flush=True)
         last = min(args.kills, args.start + (args.count or args.kills) - 1)
         try:

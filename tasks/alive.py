@@ -26,8 +26,14 @@ import httpx
 from prefect import Flow, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import FlowCreate, FlowRunCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterIdempotencyKey,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
 from prefect.states import Pending, to_state_create
@@ -108,11 +114,10 @@ def reap(root: Path) -> list[str]:
             for path in sorted((root / FOLDER).glob("*"))[: runs.PAGE]
             if path.name not in _held and stack.enter_context(_locked(path))
         }
-        if not free:
-            return []
         try:
             with get_client(sync_client=True) as client:
-                return _mark(client, free)
+                marked = _mark(client, free) if free else []
+                return marked + _never_begun(client)
         except (httpx.HTTPError, PrefectHTTPStatusError):
             return []
 
@@ -131,6 +136,32 @@ def _mark(client: SyncPrefectClient, free: dict[str, Path]) -> list[str]:
             if name in free:
                 free[name].unlink(missing_ok=True)
     return [one.name for one in lost]
+
+
+def _never_begun(client: SyncPrefectClient) -> list[str]:
+    """Mark runs whose worker was killed before their process came to its first line; their names.
+
+    Of a pool of processes: there a run is on its worker's machine, and does not outlive it. The
+    server calls a worker offline after it was silent for a minute and a half.
+    """
+    pending = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))
+    deployed = FlowRunFilterDeploymentId(is_null_=False)
+    chosen = FlowRunFilter(state=pending, deployment_id=deployed)
+    names = []
+    for one in client.read_flow_runs(flow_run_filter=chosen, limit=runs.PAGE):
+        pool = one.work_pool_name
+        if not pool or client.read_work_pool(pool).type != "process":
+            continue
+        online = [
+            worker.name
+            for worker in client.read_workers_for_work_pool(pool)
+            if worker.status == WorkerStatus.ONLINE
+        ]
+        worker = one.labels.get("prefect.worker.name")
+        if worker not in online if worker else not online:
+            runs.crash(client, one.id, "its worker is gone, and it had not begun")
+            names.append(one.name)
+    return names
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -65,7 +66,7 @@ def ensure(root: Path) -> str:
             )
         return chosen
     own = _own_url(root)
-    if not own or not answers(own):
+    if not own or not is_own(root, own):
         own = _begin(root)
     os.environ["PREFECT_API_URL"] = own
     os.environ["PREFECT_HOME"] = str(_home(root))
@@ -84,7 +85,7 @@ def _begin(root: Path) -> str:
         own = _own_url(root)
         deadline = time.monotonic() + START_SECONDS
         while own and time.monotonic() < deadline:
-            if answers(own):
+            if is_own(root, own):
                 return own
             if not _lives(home / PID_FILE):
                 break
@@ -117,6 +118,18 @@ def answers(api_url: str, timeout: float = 15.0) -> bool:
         return False
 
 
+def is_own(root: Path, api_url: str) -> bool:
+    """Whether the server that answers there keeps this project's history.
+
+    When one was killed, that of another clone may have its port.
+    """
+    try:
+        with urllib.request.urlopen(f"{api_url}/admin/settings", timeout=15.0) as reply:
+            return bool(json.load(reply)["home"] == str(_home(root)))
+    except (urllib.error.URLError, OSError, ValueError, KeyError):
+        return False
+
+
 def _signed_in(api_url: str) -> bool:
     """Whether the server takes requests as the settings sign them; /health is open to all."""
     try:
@@ -141,7 +154,7 @@ def stop(root: Path) -> bool:
     url, pid_file = _own_url(root), _home(root) / PID_FILE
     if not pid_file.exists():
         return False
-    if url and answers(url):  # else it was killed, and the number may be another process's by now
+    if url and is_own(root, url):  # else it was killed, and its number may be another's by now
         pid = int(pid_file.read_text("utf-8"))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)

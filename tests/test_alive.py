@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.settings import PREFECT_HOME
+from prefect.states import Pending
 from sweeping import wait_until
 from test_scarcity import SLOW, in_background
 
 from conftest import REPO, typed
-from tasks import alive
+from flows.optimize import optimize
+from tasks import alive, server
+from tasks.pool import deployment
 
 pytestmark = pytest.mark.usefixtures("api")
 
@@ -58,7 +64,9 @@ import os, sys
 from pathlib import Path
 from prefect import flow
 from prefect.client.orchestration import get_client
-from tasks import alive
+from flows.optimize import optimize
+from tasks import alive, server
+from tasks.pool import deployment
 
 @flow
 def some():
@@ -84,8 +92,6 @@ def test_a_run_that_was_killed_before_its_first_line_is_marked(toy: Path, api: s
 
 
 def env(api: str) -> dict[str, str]:
-    import os
-
     return {**os.environ, "PREFECT_API_URL": api, "PYTHONPATH": str(REPO)}
 
 
@@ -104,6 +110,49 @@ def test_the_file_of_a_run_that_ended_is_removed(toy: Path, api: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0 and len(list((toy / alive.FOLDER).iterdir())) == 1
     assert alive.reap(toy) == [] and not list((toy / alive.FOLDER).iterdir())
+
+
+def test_a_run_that_a_worker_took_and_did_not_begin(toy: Path) -> None:
+    """It stays while the server calls its worker online, and one of another worker stays too."""
+    pool = f"taken-{uuid4()}"
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+        flow = client.create_flow(optimize)
+        made = client.create_deployment(flow, pool, work_pool_name=pool)
+        taken = {}
+        for worker in ("lives", "killed"):
+            client.send_worker_heartbeat(pool, worker, heartbeat_interval_seconds=2)
+            one = client.create_flow_run_from_deployment(made, state=Pending(name="Submitting"))
+            client.update_flow_run_labels(one.id, {"prefect.worker.name": worker})
+            taken[worker] = one
+        assert alive.reap(toy) == []
+        wait_until(lambda: "killed" not in online(pool, "lives"))
+        assert alive.reap(toy) == [taken["killed"].name]
+        assert states(taken["killed"].id)[0] == "Crashed"
+        assert states(taken["lives"].id)[0] == "Submitting"
+        client.delete_flow_run(taken["lives"].id)
+
+
+def online(pool: str, beats: str) -> list[str]:
+    """The workers that answer, after one of them has."""
+    with get_client(sync_client=True) as client:
+        client.send_worker_heartbeat(pool, beats, heartbeat_interval_seconds=2)
+    return deployment.workers(pool)
+
+
+def test_the_server_of_another_clone_is_not_taken_for_ours(toy: Path, api: str) -> None:
+    """It has the port that ours had, and ours was killed; the number of ours is another's, too."""
+    other = subprocess.Popen(["sleep", "600"])
+    try:
+        (toy / "prefect.toml").write_text(f'[api]\nurl = "{api}"\n')
+        (toy / ".prefect").mkdir()
+        (toy / ".prefect/server.pid").write_text(str(other.pid))
+        assert not server.is_own(toy, api)
+        assert server.stop(toy) and other.poll() is None
+        assert server.is_own(Path(str(PREFECT_HOME.value())).parent, api)
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_turn_is_given_back_by_a_kill(toy: Path) -> None:

@@ -24,6 +24,7 @@ DRIVERS = {
     "repro": ("dvc", "stage", "all"),
     "worker": ("worker", "flow", "stage", "server", "all"),
 }
+WORKER_SECONDS = 95  # until the server calls a worker offline
 ORPHAN_SECONDS = 8  # a stage looks for its parent twice a second
 
 
@@ -83,6 +84,10 @@ def kill(
         one.wrong.append(f"the plain run has no end: {(error.stdout or b'')[-300:]!r}")
     one.mended = round(time.monotonic() - began, 1)
     one.wrong += state_of(clone)
+    if one.wrong and all("is Submitting" in text or "is Pending" in text for text in one.wrong):
+        time.sleep(WORKER_SECONDS)  # taken by a worker, and its process had not come to a line
+        clone._command("olivepress", "ui")
+        one.wrong = unfinished(clone)
     return one
 
 

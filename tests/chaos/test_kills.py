@@ -9,7 +9,7 @@ import pytest
 from tests.chaos import kills
 from tests.chaos.clone import Clone
 
-WHICH = [("run", "flow"), ("run", "all"), ("repro", "dvc"), ("worker", "all")]
+WHICH = [("run", "flow"), ("run", "all"), ("repro", "dvc"), ("worker", "flow")]
 
 
 @pytest.fixture(scope="module")

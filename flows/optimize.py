@@ -18,7 +18,7 @@ from prefect.states import Failed
 
 from flows import summary
 from stages import params
-from stages.errors import UserError
+from stages.errors import UserError, lack
 from tasks import alive, bridge, doctor, store
 from tasks import overrides as changes
 from tasks.command import stages_end_with_caller
@@ -47,6 +47,10 @@ def optimize(overrides: dict[str, Any] | None = None) -> Any:
             return _optimize(root, overrides or {})
     except UserError as error:
         return Failed(message=str(error))
+    except OSError as error:
+        if said := lack(error):
+            return Failed(message=said)
+        raise
 
 
 def _waits(who: str) -> None:

@@ -108,18 +108,18 @@ def reap(root: Path) -> list[str]:
 
     It does nothing while the server is away: the next one does.
     """
-    with contextlib.ExitStack() as stack:
-        free = {
-            path.name: path
-            for path in sorted((root / FOLDER).glob("*"))[: runs.PAGE]
-            if path.name not in _held and stack.enter_context(_locked(path))
-        }
-        try:
-            with get_client(sync_client=True) as client:
-                marked = _mark(client, free) if free else []
-                return marked + _never_begun(client)
-        except (httpx.HTTPError, PrefectHTTPStatusError):
-            return []
+    names: list[str] = []
+    try:
+        with get_client(sync_client=True) as client:
+            paths = [path for path in (root / FOLDER).glob("*") if path.name not in _held]
+            for start in range(0, len(paths), runs.PAGE):
+                with contextlib.ExitStack() as stack:
+                    some = paths[start : start + runs.PAGE]
+                    free = {it.name: it for it in some if stack.enter_context(_locked(it))}
+                    names += _mark(client, free) if free else []
+            return names + _never_begun(client)
+    except (httpx.HTTPError, PrefectHTTPStatusError):
+        return names
 
 
 def _mark(client: SyncPrefectClient, free: dict[str, Path]) -> list[str]:

@@ -39,7 +39,11 @@ def remove_dead(repo: Repo) -> None:
     """
     folder = Path(repo.tmp_dir)
     path = folder / RWLOCK_FILE
-    with make_lock(str(folder / RWLOCK_LOCK), tmp_dir=repo.tmp_dir, wait=True):
+    hardlink = repo.config["core"].get("hardlink_lock", False)
+    guard = make_lock(
+        str(folder / RWLOCK_LOCK), tmp_dir=repo.tmp_dir, hardlink_lock=hardlink, wait=True
+    )
+    with guard:
         try:
             held = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:

@@ -85,9 +85,10 @@ def _begin(root: Path) -> str:
         own = _own_url(root)
         deadline = time.monotonic() + START_SECONDS
         while own and time.monotonic() < deadline:
-            if is_own(root, own):
+            there = answers(own)
+            if there and is_own(root, own):
                 return own
-            if not _lives(home / PID_FILE):
+            if there or not _lives(home / PID_FILE):
                 break
             time.sleep(0.25)
         return _start(root)
@@ -126,6 +127,8 @@ def is_own(root: Path, api_url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{api_url}/admin/settings", timeout=15.0) as reply:
             return bool(json.load(reply)["home"] == str(_home(root)))
+    except urllib.error.HTTPError as error:  # it wants a sign-in before it says
+        return error.code == 401 and _lives(_home(root) / PID_FILE)
     except (urllib.error.URLError, OSError, ValueError, KeyError):
         return False
 

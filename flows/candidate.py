@@ -22,7 +22,7 @@ from flows.optimize import begin, run_stages
 from stages.errors import UserError
 from stages.measure import finite
 from stages.stage import METRICS
-from tasks import bridge
+from tasks import alive, bridge
 from tasks.pool.claims import Claims, Pulse, Watch, patiently
 from tasks.pool.flight import Flight
 from tasks.pool.runs import abandon
@@ -58,6 +58,7 @@ def candidate(
     terminal.quiet = True
     try:
         root = bridge.find_root()
+        alive.here(root)
         with (
             Pulse(run, on_lost=_end, and_look=partial(_look_after, sweep, Watch())),
             workspace(root, commit, run) as folder,

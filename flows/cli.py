@@ -57,7 +57,7 @@ def _pipeline(root: Path, values: dict[str, Any], as_json: bool, verbose: bool) 
 
     terminal.quiet = as_json
     try:
-        state = _run_flow(values)
+        state = _run_flow(root, values)
     except KeyboardInterrupt:
         stop("stopped; what was finished is kept", 130)
     url = f"{server.ui_url(api)}/runs/flow-run/{state.state_details.flow_run_id}"
@@ -78,16 +78,17 @@ def _pipeline(root: Path, values: dict[str, Any], as_json: bool, verbose: bool) 
     return url
 
 
-def _run_flow(values: dict[str, Any]) -> Any:
+def _run_flow(root: Path, values: dict[str, Any]) -> Any:
     """The flow's final state."""
     with without_gc():
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         from flows.optimize import optimize
+        from tasks import alive
 
     # The heartbeat tells a server that a worker's flow lives; joining its thread costs 0.9 s here.
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        return optimize(values, return_state=True)
+        return alive.run(root, optimize, {"overrides": values})
 
 
 @app.command()
@@ -235,7 +236,11 @@ def ui() -> None:
     with in_project() as root:
         from tasks import server
 
-        typer.echo(server.ui_url(server.ensure(root)))
+        api = server.ensure(root)
+        from tasks import alive
+
+        alive.reap(root)
+        typer.echo(server.ui_url(api))
 
 
 @app.command()

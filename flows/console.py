@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from stages.errors import UserError
+from stages.errors import UserError, lack
 
 console = Console(highlight=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 @contextmanager
 def in_project() -> Iterator[Path]:
-    """Work in the project's folder; a user's mistake ends the command with its message."""
+    """Work in the project's folder; a user's mistake or a full disk is one line."""
     with without_gc():
         from tasks import bridge
 
@@ -31,6 +31,10 @@ def in_project() -> Iterator[Path]:
         yield root
     except UserError as error:
         stop(str(error))
+    except OSError as error:
+        if said := lack(error):
+            stop(said)
+        raise
 
 
 @contextmanager

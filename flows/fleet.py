@@ -48,18 +48,19 @@ def sweep(
         terminal.quiet = as_json
         with _workers(root, pool, workers, as_json):
             try:
-                state = _run(wanted.model_dump(mode="json"), pool)
+                state = _run(root, wanted.model_dump(mode="json"), pool)
             except KeyboardInterrupt:
                 stop("stopped, and its candidates with it; what was finished is kept", 130)
         url = f"{server.ui_url(api)}/runs/flow-run/{state.state_details.flow_run_id}"
         _show(root, wanted.name, state, url, as_json)
 
 
-def _run(given: dict[str, Any], pool: str) -> Any:
+def _run(root: Path, given: dict[str, Any], pool: str) -> Any:
     """The flow's final state."""
     from flows.sweep import sweep as flow
+    from tasks import alive
 
-    return flow(given=given, pool=pool, return_state=True)
+    return alive.run(root, flow, {"given": given, "pool": pool})
 
 
 def _show(root: Path, name: str, state: Any, url: str, as_json: bool) -> None:
@@ -158,6 +159,7 @@ def worker(
 
         os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
         api = server.ensure(root)
+        from tasks import alive
         from tasks.pool import gpu, machine
         from tasks.pool import worker as serving
         from tasks.pool.workspace import remote_of
@@ -166,6 +168,7 @@ def worker(
         if where:
             remote.check(root, where)
         doctor.check_or_raise(root)
+        alive.reap(root)
         gpu.announce()
         has = machine.this_machine(root)
         shares = f"shares through remote {where}" if where else "no remote, so nothing is shared"

@@ -18,10 +18,11 @@ from prefect.states import Failed
 
 from flows import summary
 from stages import params
-from stages.errors import UserError
-from tasks import bridge, doctor
+from stages.errors import UserError, lack
+from tasks import alive, bridge, doctor, store
 from tasks import overrides as changes
 from tasks.command import stages_end_with_caller
+from tasks.git import branch
 from tasks.pool import gpu
 from tasks.pool.flight import Flight
 from tasks.stage import run_stage
@@ -41,15 +42,47 @@ def optimize(overrides: dict[str, Any] | None = None) -> Any:
     """
     try:
         root = bridge.find_root()
-        values, graph = begin(root, overrides or {})
+        alive.here(root)
+        with alive.turn(root, _waits):
+            return _optimize(root, overrides or {})
     except UserError as error:
         return Failed(message=str(error))
+    except OSError as error:
+        if said := lack(error):
+            return Failed(message=said)
+        raise
+
+
+def _waits(who: str) -> None:
+    get_run_logger().info(who)
+    terminal.note(who)
+
+
+def _optimize(root: Path, overrides: dict[str, Any]) -> Any:
+    values, graph = begin(root, overrides)
+    found = _checked_out(root)
     rows = run_stages(root, values, graph)
     summary.publish(root, rows)
     if any(row.state != "Cached" for row in rows):
         report(root)
     failed = [row.reason for row in rows if not row.done]
+    if not failed and _checked_out(root) != found:
+        failed = _changed(root)
     return Failed(message=failed[0], data=rows) if failed else rows
+
+
+def _checked_out(root: Path) -> list[Any]:
+    """What changes when another branch is checked out, or params.yaml is edited."""
+    return [branch(root), *(store.stamp(root / name) for name in ("dvc.yaml", "params.yaml"))]
+
+
+def _changed(root: Path) -> list[str]:
+    """What of a run that ended well is stale by now, because another branch was checked out."""
+    return [
+        f"{name}: {'; '.join(need.reasons[:3])}, while this ran: run it again for what is there now"
+        for name, need in bridge.status(root).items()
+        if need.action != "unchanged"
+    ]
 
 
 def begin(root: Path, overrides: dict[str, Any]) -> tuple[params.Params, dict[str, set[str]]]:

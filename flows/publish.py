@@ -12,7 +12,7 @@ from prefect.states import Failed
 from flows.optimize import optimize
 from stages import params
 from stages.errors import UserError
-from tasks import bridge
+from tasks import alive, bridge
 from tasks.command import stages_end_with_caller
 from tasks.publish.request import make
 from tasks.publish.task import publish_package
@@ -47,6 +47,7 @@ def publish(
     """
     try:
         root = bridge.find_root()
+        alive.here(root)
         place = {
             "subscription_id": subscription_id,
             "resource_group": resource_group,
@@ -88,6 +89,10 @@ def optimize_and_publish(
         name, to, version: as `publish`; the rest of it comes from params.yaml and the environment.
         overrides: as `optimize`.
     """
+    try:
+        alive.here(bridge.find_root())
+    except UserError as error:
+        return Failed(message=str(error))
     made: State = optimize(overrides, return_state=True)  # type: ignore[assignment]
     if not made.is_completed():
         return Failed(message=made.message)

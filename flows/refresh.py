@@ -7,14 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.optimize import optimize
 from stages.errors import UserError
-from tasks import bridge, remote
+from tasks import alive, bridge, locks, remote
 from tasks.command import Job
 from tasks.dvc_command import Dvc
 from tasks.git import git, succeeds
@@ -39,6 +38,7 @@ def refresh(pull: bool = True) -> Any:
     logger = get_run_logger()
     try:
         root = bridge.find_root()
+        alive.here(root)
         if at_work(root):
             return Completed(message="another run is at work in this clone; the next poll looks")
         for failing, step in STEPS.items() if pull else ():
@@ -75,7 +75,7 @@ def at_work(root: Path) -> bool:
     except (FileNotFoundError, json.JSONDecodeError):
         return False
     readers = [reader for readers in held.get("read", {}).values() for reader in readers]
-    return any(psutil.pid_exists(who["pid"]) for who in [*readers, *held.get("write", {}).values()])
+    return any(locks.lives(root, who) for who in [*readers, *held.get("write", {}).values()])
 
 
 def pull_commits(root: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -58,7 +59,7 @@ def publish(
         api = server.ensure(root)
         terminal.quiet = as_json
         try:
-            state = _run_flow(name, asked)
+            state = _run_flow(root, {"name": name, **asked})
         except KeyboardInterrupt:
             stop("stopped; the next try goes on from what has arrived", 130)
         if not state.is_completed():
@@ -75,8 +76,9 @@ def publish(
         )
 
 
-def _run_flow(name: str, asked: dict[str, str | None]) -> Any:
+def _run_flow(root: Path, asked: dict[str, str | None]) -> Any:
     with without_gc():
-        from flows import publish as flows
+        from flows.publish import publish as flow
+        from tasks import alive
 
-    return flows.publish(name, **asked, return_state=True)
+    return alive.run(root, flow, asked)

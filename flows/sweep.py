@@ -18,7 +18,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Scheduled, Sta
 from flows import sweep_page
 from flows.candidate import OVER, RESULT
 from stages.errors import UserError
-from tasks import bridge
+from tasks import alive, bridge
 from tasks.pool import deployment, runs
 from tasks.pool.claims import CLEAN_UP_SECONDS, Pulse, Watch, patiently
 from tasks.sweep import experiments, plan, results, spec
@@ -52,6 +52,7 @@ def sweep(
     """
     try:
         root = bridge.find_root()
+        alive.here(root)
         wanted = spec.check(given, "given") if given else spec.load(root / file)
         crew = Crew(root, plan.begin(root, wanted, str(runtime.flow_run.id)), pool)
         with Pulse(crew.result.run):

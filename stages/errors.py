@@ -1,6 +1,20 @@
-"""The one kind of error that is a user's to mend: shown as a message, never as a traceback."""
+"""Errors that are shown as a message, never as a traceback: the user's, and the machine's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
 
 from stages.redact import without_secrets
+
+NO_SPACE = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b|\[Errno (28|122)\]")
+READ_ONLY = re.compile(r"Read-only file system|os error 30\b|\[Errno 30\]")
+NO_MEMORY = "memory ran out"
+_NO_MEMORY = re.compile(
+    r"std::bad_alloc|[Cc]an(no|')t allocate memory|out of memory|Failed to allocate memory"
+    r"|Memory allocation still failed|os error 12\b|^MemoryError",
+    re.MULTILINE,
+)
 
 
 class UserError(Exception):
@@ -30,3 +44,32 @@ def shortened(value: object, most: int = 80) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = most
     return short.repr(value)
+
+
+def lack(error: BaseException) -> str | None:
+    """In one line what the machine lacks, if that is why: disk, the right to write, memory.
+
+    Libraries have errors of their own, with the system's words or number in the text.
+    """
+    for each in _causes(error):
+        text, path = str(each), getattr(each, "filename", None)
+        if NO_SPACE.search(text):
+            return f"no space left on the disk: {path or 'while writing'}"
+        if READ_ONLY.search(text):
+            return f"cannot be written, the file system is read-only: {path or 'an output'}"
+        if isinstance(each, PermissionError):
+            return f"cannot be written or read, permission denied: {path or text}"
+        if isinstance(each, MemoryError) or out_of_memory(text):
+            return NO_MEMORY
+    return None
+
+
+def out_of_memory(text: str) -> bool:
+    """Whether a library says so, also one that ends the process."""
+    return bool(_NO_MEMORY.search(text))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from stages import params as parameters
-from stages.errors import UserError
+from stages.errors import NO_MEMORY, UserError, lack
 from stages.params import Params
 from stages.reading import json_object
 
@@ -79,6 +78,22 @@ EDITIONS = {
     "onnxruntime": ["onnxruntime-gpu", "onnxruntime-directml"],
     "onnxruntime-genai": ["onnxruntime-genai-cuda", "onnxruntime-genai-directml"],
 }
+
+
+# What of params.yaml a stage's memory depends on.
+MEMORY = {
+    "quantize": "lower quantize.calibration_samples or quantize.calibration_seq_len",
+    "finetune": "lower finetune.batch_size or finetune.max_seq_len, or set "
+    "finetune.gradient_checkpointing",
+    "evaluate": "lower evaluate.max_rows or evaluate.text_tokens",
+}
+
+
+def less_memory(stage: str) -> str:
+    """What to do when a stage's memory ran out, after the words that say so."""
+    less = MEMORY.get(stage.partition("@")[0])
+    elsewhere = "free some, or choose a smaller model: olivepress doctor says what it needs"
+    return f": {less}; or {elsewhere}" if less else f": {elsewhere}"
 
 
 def versions() -> dict[str, str]:
@@ -179,8 +194,13 @@ def die_with_parent() -> None:
 
     Where a shell stays between the two, it also ends when the shell loses its own parent.
     """
-    first = _watched()
     killed_with_parent()
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """As `die_with_parent`, within half a second, whichever thread it was that started this."""
+    first = _watched()
 
     def watch() -> None:
         while _watched() == first:
@@ -296,9 +316,6 @@ def run(main: Callable[..., None], stage: str) -> None:
     except UserError as error:
         sys.exit(f"{stage}: {error}")
     except Exception as error:
-        # safetensors has an error of its own, with the system's number in its text.
-        numbers = [getattr(error, "errno", None), *re.findall(r"os error (\d+)", str(error))]
-        if {"28", "122"} & {str(number) for number in numbers}:  # ENOSPC, EDQUOT
-            where = getattr(error, "filename", None) or "while writing"
-            sys.exit(f"{stage}: no space left on the disk: {where}")
+        if said := lack(error):
+            sys.exit(f"{stage}: {said}" + (less_memory(stage) if said == NO_MEMORY else ""))
         raise

@@ -1,10 +1,11 @@
 """The one module that talks to DVC: what a stage needs, making it so, and what made a file.
 
 DVC decides what is stale and does the work; this module asks it stage by stage, and has it run
-commands through `tasks.command`. `tasks.pipeline`, `tasks.need`, `tasks.store` and
-`tasks.integrity` are parts of it. DVC also reads the working directory: be in the project's folder.
-Only `dvc.api` and the command line are public in DVC, so every private name that is used is
-imported in these five; tests/test_bridge.py, tests/test_store.py and tests/test_rot.py pin them.
+commands through `tasks.command`. Parts of it are `tasks.pipeline`, `tasks.need`, `tasks.store`,
+`tasks.locks` and `tasks.integrity`. DVC also reads the working directory: be in the project's
+folder. Only `dvc.api` and the command line are public in DVC, so every private name that is used is
+imported in these six; tests/test_bridge.py, tests/test_store.py, tests/test_scarcity.py and
+tests/test_rot.py pin them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import dvc.stage.run
-from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.exceptions import DvcException, NotDvcRepoError, ReproductionError
+from dvc.lock import LockError
 from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
@@ -30,8 +32,8 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
 
 from stages.errors import UserError
-from tasks import integrity, pipeline, store
-from tasks.command import Job
+from tasks import integrity, locks, pipeline, store
+from tasks.command import Job, stopping
 from tasks.need import (
     Action,
     Inputs,
@@ -102,7 +104,8 @@ class Flight(Protocol):
         """
 
 
-_here = threading.local()  # .job: what this thread does for a stage; .check: of what it reads
+_here = threading.local()  # .job: what this thread does for .stage, a project and a name in it;
+# .check: of what it reads
 _mending = threading.RLock()  # two stages may read the same damaged file
 
 
@@ -136,6 +139,7 @@ def begin(root: Path) -> tuple[dict[str, set[str]], list[str]]:
         UserError: as `graph`.
     """
     with read(root, anew=True) as now:
+        locks.remove_dead(now.repo)
         order = pipeline.graph(now.repo)
         return order, [*store.remove_leftovers(now.repo), *store.remove_gone(now.repo, order)]
 
@@ -198,6 +202,7 @@ def reproduce(
     """
     started = time.monotonic()
     job = _here.job = Job(on_line, limit_seconds, env or {}, turn=gpu.turn(name))
+    _here.stage = root, name
     try:
         with job.at_work():
             with read(root) as now:
@@ -328,15 +333,36 @@ def _restore_or_run(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None
     stage = stages(repo)[name]
     if elsewhere and need_of(stage).action == "run":
         _bring(repo, name, elsewhere)
-    repo.reproduce(targets=[name], single_item=True, force=outdated(stage))
+    _reproduce(repo, name, job, force=outdated(stage))
     if job.process:
         return []
     unfit = _unfit(stages(repo)[name])
     if unfit:
         if elsewhere:
             _bring(repo, name, elsewhere)
-        repo.reproduce(targets=[name], single_item=True, force=not elsewhere)
+        _reproduce(repo, name, job, force=not elsewhere)
     return unfit
+
+
+def _reproduce(repo: Repo, name: str, job: Job, force: bool) -> None:
+    """Have DVC do it; wait for a `dvc` command that is at work on the same files."""
+    told = ""
+    while True:
+        try:
+            repo.reproduce(targets=[name], single_item=True, force=force)
+            return
+        except ReproductionError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            if not isinstance(error.__cause__, LockError):
+                raise
+            who = re.search(r"\(PID \d+\): .*", str(error.__cause__))
+            if (text := f"waits for {who[0] if who else 'another dvc command'}") != told:
+                job.on_line(text)
+                told = text
+            if stopping.wait(1):
+                raise UserError("stopped") from None
+            repo._reset()  # what it read is old
 
 
 def _bring(repo: Repo, name: str, elsewhere: Elsewhere) -> None:
@@ -432,8 +458,18 @@ def _run_command(executable: str | None, cmd: str, **kwargs: Any) -> None:
         check()
     plain = re.fullmatch(r"[\w@%+=:,./ -]+", cmd)  # needs no shell, which would hide how it ended
     argv = shlex.split(cmd) if plain else dvc.stage.run._make_cmd(executable, cmd)
+    root, name = _here.stage
+    before = pipeline.seen(root, name)
     if code := job.run(argv, **kwargs):
         raise StageCmdFailedError(cmd, code)
+    now = pipeline.seen(root, name)
+    if changed := [what for what in before | now if before.get(what) != now.get(what)]:
+        # DVC would record what was made as made of what is there now.
+        shown = ", ".join(changed[:3]) + (", …" if changed[3:] else "")
+        raise UserError(
+            f"{shown} changed while it ran, so nothing was kept of it: run it again "
+            "(was another branch checked out?)"
+        )
 
 
 _dvc_run = dvc.stage.run._run

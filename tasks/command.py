@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.errors import NO_MEMORY, out_of_memory
 from stages.redact import without_secrets
+from stages.stage import less_memory
 
 KEPT_LINES = 200  # of what a stage printed, for its last words
 
@@ -48,6 +50,7 @@ class Job:
     lines: list[str] = field(default_factory=list)
     process: subprocess.Popen | None = None
     stopped: str | None = None
+    _kills_before: int = 0
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -79,6 +82,7 @@ class Job:
             start_new_session=True,  # one process group, so that a stop reaches all of it
             **kwargs,
         )
+        self._kills_before = _kills_for_memory()
         group = self.process.pid
         _groups[group] = self.grace_seconds
         self._heard = time.monotonic()
@@ -118,8 +122,20 @@ class Job:
         if self.stopped:
             return f"{stage}: stopped after {self.stopped}"
         code = self.process.returncode
+        killed = code == -signal.SIGKILL and _kills_for_memory() > self._kills_before
+        if killed or (code < 0 and out_of_memory("\n".join(self.lines))):
+            return f"{stage}: {NO_MEMORY}{less_memory(stage)}"
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return own_words(stage, self.lines, ended)
+
+
+def _kills_for_memory() -> int:
+    """Processes of this machine that the kernel has killed because memory ran out, ever."""
+    try:
+        counted = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(counted[1]) if counted else 0
 
 
 def own_words(stage: str, lines: Iterable[str], ended: str) -> str:

@@ -47,6 +47,12 @@ def committed(root: Path, path: str) -> bytes | None:
     return None if done.returncode else done.stdout
 
 
+def branch(root: Path) -> str:
+    """The branch that is checked out, or the commit where there is none."""
+    name = _run(root, ("symbolic-ref", "--quiet", "HEAD"), None, {}).stdout
+    return (name or _run(root, ("rev-parse", "HEAD"), None, {}).stdout).strip()
+
+
 def _run(
     root: Path, args: tuple[str, ...], stdin: str | None, env: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:

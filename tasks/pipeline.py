@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 
-from stages.errors import UserError
+from stages.errors import UserError, lack
 from tasks import store
 
+CHANGED = "any more: was it changed, or another branch checked out? Run it again"
 FILES = [  # that say what the stages are
     *("dvc.yaml", "dvc.lock", "params.yaml"),
     *(".dvcignore", ".dvc/config", ".dvc/config.local"),
@@ -54,10 +56,14 @@ def check_depth(root: Path) -> None:
 
 @contextlib.contextmanager
 def _said() -> Iterator[None]:
-    """Make DVC's errors the user's."""
+    """Make DVC's errors the user's, and those of a disk that it cannot write to."""
     try:
         yield
-    except DvcException as error:
+    except (DvcException, OSError) as error:
+        if said := lack(error):
+            raise UserError(said) from error
+        if isinstance(error, OSError):
+            raise
         raise UserError(_words(error)) from error
     except RecursionError:
         raise UserError(f"one of {', '.join(FILES[:3])} is nested too deep") from None
@@ -74,14 +80,21 @@ def _words(error: BaseException) -> str:
     return ": ".join(parts)
 
 
-def stages(repo: Repo) -> dict[str, PipelineStage]:
+class Stages(dict[str, PipelineStage]):
+    """Stages by name."""
+
+    def __missing__(self, name: str) -> PipelineStage:
+        raise UserError(f"dvc.yaml has no such stage {CHANGED}")
+
+
+def stages(repo: Repo) -> Stages:
     """Every stage of dvc.yaml by name, as it is written there."""
     lock = Path(repo.root_dir) / "dvc.lock"
     try:
         found = store.patiently(lock, lambda: repo.index.stages)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # DVC lets these through
         raise UserError(f"one of {', '.join(FILES[:3])} is damaged: {error}") from None
-    return {one.name: one for one in found if is_ours(one)}
+    return Stages({one.name: one for one in found if is_ours(one)})
 
 
 def is_ours(stage: Any) -> bool:
@@ -109,12 +122,33 @@ def graph(repo: Repo) -> dict[str, set[str]]:
     return direct
 
 
+def seen(root: Path, name: str) -> dict[str, Any]:
+    """What a stage reads, as it is now: its command, parameters, and hashes of files by path.
+
+    Of a file that DVC does not make, its stamp too: a branch may have been checked out, and back.
+
+    Raises:
+        UserError: as `opened`; there is no such stage any more.
+    """
+    with opened(root) as repo:
+        stage = stages(repo)[name]
+        stage.save_deps(allow_missing=True)
+        found = {"the command": stage.cmd}
+        for dep in stage.deps:
+            if isinstance(dep, ParamsDependency):
+                found |= {f"{dep.def_path} {key}": it for key, it in dep.read_params().items()}
+            else:
+                path = Path(dep.fs_path)
+                found[dep.def_path] = (dep.hash_info, path.is_file() and store.stamp(path))
+        return found
+
+
 @dataclass(frozen=True)
 class Reading:
     """A project as DVC read it: to look at, not to change."""
 
     repo: Repo
-    stages: dict[str, PipelineStage]
+    stages: Stages
     files: list[tuple[int, int, int] | None]
     """What FILES were."""
 

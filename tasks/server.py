@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import urllib.request
 from pathlib import Path
 
 from stages.errors import UserError
+from stages.stage import new_output
 
 START_SECONDS = 180  # a new database takes 20 to 40 s on two slow cores
 STOP_SECONDS = 20
@@ -65,11 +67,44 @@ def ensure(root: Path) -> str:
             )
         return chosen
     own = _own_url(root)
-    if not own or not answers(own):
-        own = _start(root)
+    if not own or not is_own(root, own):
+        own = _begin(root)
     os.environ["PREFECT_API_URL"] = own
     os.environ["PREFECT_HOME"] = str(_home(root))
     return own
+
+
+def _begin(root: Path) -> str:
+    """Start this project's server, unless another command does, or one that was killed meanwhile.
+
+    Two servers on a new database break it.
+    """
+    home = _home(root)
+    home.mkdir(exist_ok=True)
+    with (home / "start.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        own = _own_url(root)
+        deadline = time.monotonic() + START_SECONDS
+        while own and time.monotonic() < deadline:
+            there = answers(own)
+            if there and is_own(root, own):
+                return own
+            if there or not _lives(home / PID_FILE):
+                break
+            time.sleep(0.25)
+        return _start(root)
+
+
+def _lives(pid_file: Path) -> bool:
+    """Whether the process of a server that was started is there, answering or not."""
+    import psutil  # 0.1 s, and a server is seldom begun
+
+    try:
+        pid = int(pid_file.read_text("utf-8"))
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and "server" in process.cmdline()
+    except (OSError, ValueError, psutil.Error):
+        return False
 
 
 def ui_url(api_url: str) -> str:
@@ -82,6 +117,20 @@ def answers(api_url: str, timeout: float = 15.0) -> bool:
         with urllib.request.urlopen(f"{api_url}/health", timeout=timeout) as reply:
             return reply.read().strip() == b"true"
     except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def is_own(root: Path, api_url: str) -> bool:
+    """Whether the server that answers there keeps this project's history.
+
+    When one was killed, that of another clone may have its port.
+    """
+    try:
+        with urllib.request.urlopen(f"{api_url}/admin/settings", timeout=15.0) as reply:
+            return bool(json.load(reply)["home"] == str(_home(root)))
+    except urllib.error.HTTPError as error:  # it wants a sign-in before it says
+        return error.code == 401 and _lives(_home(root) / PID_FILE)
+    except (urllib.error.URLError, OSError, ValueError, KeyError):
         return False
 
 
@@ -109,7 +158,7 @@ def stop(root: Path) -> bool:
     url, pid_file = _own_url(root), _home(root) / PID_FILE
     if not pid_file.exists():
         return False
-    if url and answers(url):  # else it was killed, and the number may be another process's by now
+    if url and is_own(root, url):  # else it was killed, and its number may be another's by now
         pid = int(pid_file.read_text("utf-8"))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
@@ -173,8 +222,8 @@ def _start(root: Path) -> str:
     url = f"http://127.0.0.1:{port}/api"
     home = _home(root)
     home.mkdir(exist_ok=True)
-    config = CONFIG.format(home=json.dumps(str(home)), port=port)
-    (root / "prefect.toml").write_text(config, "utf-8")
+    with new_output(root / "prefect.toml") as path:  # every prefect command here reads it
+        path.write_text(CONFIG.format(home=json.dumps(str(home)), port=port), "utf-8")
     env = {**os.environ, "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     env.pop("PREFECT_API_URL", None)
     with (home / "server.log").open("ab") as log:

@@ -86,6 +86,8 @@ def run_stage(
         if step := parse_progress(line):
             progress.update(*step)
         elif line:
+            if line.startswith("waits for "):  # the bridge's, or such a line of the stage's own
+                terminal.note(f"{name} {line}")
             logger.info(line)
 
     env = {"OLIVEPRESS_RUN_ID": str(runtime.flow_run.id or "")}

@@ -19,6 +19,7 @@ from dvc.dvcfile import Lockfile, ProjectFile
 from dvc.exceptions import DvcException
 from dvc.output import Output
 from dvc.repo import Repo, lock_repo
+from dvc.stage.cache import StageCache, _get_cache_hash, _get_stage_hash
 from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
@@ -32,6 +33,7 @@ from stages.stage import remove
 
 T = TypeVar("T")
 TRIES = 20  # a tenth of a second apart: DVC takes some hundredths to write dvc.lock
+RECORD = re.compile(r"[0-9a-f]{64}")  # the name of one in DVC's run-cache
 LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")  # as stages.stage.new_output names them
 
 
@@ -77,6 +79,31 @@ def _one_at_a_time(schema: Callable[[T], T]) -> Callable[[T], T]:
 ProjectFile.SCHEMA = staticmethod(_one_at_a_time(ProjectFile.SCHEMA))  # type: ignore[assignment]
 _dvc_dump = _common._dump_data
 _common._dump_data = _yaml._dump_data = _dump_whole
+
+
+def _newest_whole(cache: StageCache, stage: Any) -> dict[str, Any] | None:
+    """Take the place of `StageCache._load`: the newest record of a run whose name is its hash.
+
+    DVC takes the newest name in a folder, and fails for good where there is none, or one that was
+    not finished: a full disk or a kill leaves either.
+    """
+    key = _get_stage_hash(stage)
+    records = [
+        path
+        for path in Path(cache._get_cache_dir(key or "")).glob("*")
+        if key and RECORD.fullmatch(path.name)
+    ]
+    records.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in records:
+        record: dict[str, Any] | None = cache._load_cache(key, path.name)
+        if record and _get_cache_hash(record) == path.name:
+            return record
+        with contextlib.suppress(OSError):  # or it would stay: what is there is not written again
+            path.unlink()
+    return None
+
+
+StageCache._load = _newest_whole
 
 
 def patiently(lock: Path, read: Callable[[], T]) -> T:

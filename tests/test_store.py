@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -247,6 +248,58 @@ def test_unfinished_outputs_are_no_part_of_a_folder_that_is_read(toy: Path) -> N
     (toy / f"out/all/.food.tmp-{os.getpid()}").write_text("half")
     assert {need.action for need in bridge.status(toy).values()} == {"unchanged"}
     assert "up to date" in sh("dvc", "status", cwd=toy).stdout
+
+
+@pytest.mark.parametrize("left", ["", '{"write": {"/x": {"pid"'], ids=["empty", "half"])
+def test_a_list_of_locks_that_a_kill_left_unfinished_blocks_nobody(toy: Path, left: str) -> None:
+    (toy / ".dvc/tmp").mkdir(exist_ok=True)
+    (toy / ".dvc/tmp/rwlock").write_text(left)
+    run_all(toy)
+    assert "up to date" in sh("dvc", "status", cwd=toy).stdout
+
+
+def test_a_lock_of_a_process_whose_number_another_has_now_blocks_nobody(toy: Path) -> None:
+    """As after a restart of a container, in which numbers begin anew."""
+    other = subprocess.Popen(["sleep", "600"], cwd="/")
+    try:
+        lock = {"pid": other.pid, "cmd": "dvc repro"}
+        held = {"write": {str(toy / "out/first"): lock}, "read": {str(toy / "in.txt"): [lock]}}
+        (toy / ".dvc/tmp").mkdir(exist_ok=True)
+        (toy / ".dvc/tmp/rwlock").write_text(json.dumps(held))
+        assert {it.action for it in run_all(toy).values()} == {"run"}
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_lock_of_a_process_at_work_in_the_project_stays(toy: Path) -> None:
+    other = subprocess.Popen(["sleep", "600"], cwd=toy)
+    try:
+        held = {"write": {str(toy / "x"): {"pid": other.pid, "cmd": "dvc repro"}}, "read": {}}
+        (toy / ".dvc/tmp").mkdir(exist_ok=True)
+        (toy / ".dvc/tmp/rwlock").write_text(json.dumps(held))
+        bridge.begin(toy)
+        assert json.loads((toy / ".dvc/tmp/rwlock").read_text()) == held
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize("left", [None, ".abc.tmp", "0" * 64], ids=["nothing", "part", "half"])
+def test_a_record_of_a_run_that_was_not_finished_is_none(toy: Path, left: str | None) -> None:
+    """DVC makes the folder of a record first, and took whatever is newest in it."""
+    key = run(toy).key
+    folder = toy / f".dvc/cache/runs/{(key or '')[:2]}/{key}"
+    kept = next(folder.iterdir())
+    kept.unlink()
+    if left:
+        (folder / left).write_text("cmd: python")
+    (toy / "dvc.lock").unlink()
+    assert run(toy).action == "run"
+    (toy / "dvc.lock").unlink()
+    if left and len(left) != 64:
+        os.utime(folder / left)  # the newest
+    assert run(toy).action == "restore"
 
 
 def test_dvc_yaml_is_valid_in_every_thread(toy: Path) -> None:

@@ -284,7 +284,7 @@ def _do(repo: Repo, name: str, job: Job, elsewhere: Elsewhere | None) -> list[st
             if not isinstance(cause, integrity.Damaged) or len(mended) > MENDED:
                 raise
             mended += _mend(repo, name, job, cause.files)
-            _here.job = job
+            _here.job, _here.stage = job, (Path(repo.root_dir), name)
 
 
 def _mend(repo: Repo, name: str, job: Job, files: list[str]) -> list[str]:
@@ -308,6 +308,7 @@ def _mend(repo: Repo, name: str, job: Job, files: list[str]) -> list[str]:
             if pipeline.is_ours(maker):
                 integrity.doubt(root, theirs)
                 inner = _here.job = Job(job.on_line, job.limit_seconds, job.env)
+                _here.stage = root, maker.name
                 inner.turn = gpu.turn(maker.name)
                 _bring_up_to_date(repo, maker.name, inner, None, None)
                 how = "made again" if inner.process else how

@@ -87,7 +87,8 @@ def _alarm(seconds: float) -> Iterator[None]:
         raise TooLong
 
     handler = signal.signal(signal.SIGALRM, ring)
-    before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: Python drops what is raised while it collects garbage.
+    before = signal.setitimer(signal.ITIMER_REAL, seconds, seconds / 10)
     try:
         yield
     finally:

@@ -218,10 +218,33 @@ def _start(root: Path) -> str:
     `prefect server start --background` is no help here: it leaves the server writing to pipes that
     nobody reads, so the first warning that the server logs ends it.
     """
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/api"
     home = _home(root)
     home.mkdir(exist_ok=True)
+    port = free_port()
+    deadline = time.monotonic() + START_SECONDS
+    process = _process(root, port)
+    while time.monotonic() < deadline:
+        url = f"http://127.0.0.1:{port}/api"
+        if is_own(root, url):
+            return url
+        if process.poll() is not None:
+            if free_port(port) == port:
+                break
+            port = free_port(port)  # another took it in the meantime
+            process = _process(root, port)
+        time.sleep(0.25)
+    process.kill()
+    (home / PID_FILE).unlink(missing_ok=True)
+    (root / "prefect.toml").unlink(missing_ok=True)
+    raise UserError(
+        f"the Prefect server did not start on port {port}; {home / 'server.log'} ends with:\n"
+        + "\n".join((home / "server.log").read_text("utf-8", "replace").splitlines()[-5:])
+    )
+
+
+def _process(root: Path, port: int) -> subprocess.Popen:
+    """Begin a server, and write down where it will be."""
+    home = _home(root)
     with new_output(root / "prefect.toml") as path:  # every prefect command here reads it
         path.write_text(CONFIG.format(home=json.dumps(str(home)), port=port), "utf-8")
     env = {**os.environ, "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
@@ -240,15 +263,4 @@ def _start(root: Path) -> str:
             start_new_session=True,  # Ctrl-C in this terminal is not meant for the server
         )
     (home / PID_FILE).write_text(str(process.pid), "utf-8")
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        if answers(url):
-            return url
-        time.sleep(0.25)
-    process.kill()
-    (home / PID_FILE).unlink(missing_ok=True)
-    (root / "prefect.toml").unlink(missing_ok=True)
-    raise UserError(
-        f"the Prefect server did not start on port {port}; {home / 'server.log'} ends with:\n"
-        + "\n".join((home / "server.log").read_text("utf-8", "replace").splitlines()[-5:])
-    )
+    return process

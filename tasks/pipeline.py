@@ -134,12 +134,15 @@ def seen(root: Path, name: str) -> dict[str, Any]:
         stage = stages(repo)[name]
         stage.save_deps(allow_missing=True)
         found = {"the command": stage.cmd}
+        outs = {Path(out.fs_path) for out in repo.index.outs}
         for dep in stage.deps:
             if isinstance(dep, ParamsDependency):
                 found |= {f"{dep.def_path} {key}": it for key, it in dep.read_params().items()}
             else:
                 path = Path(dep.fs_path)
-                found[dep.def_path] = (dep.hash_info, path.is_file() and store.stamp(path))
+                of_dvc = not outs.isdisjoint((path, *path.parents))  # which may link it anew
+                stamp = not of_dvc and path.is_file() and store.stamp(path)
+                found[dep.def_path] = (dep.hash_info, stamp)
         return found
 
 

@@ -242,7 +242,8 @@ def test_what_is_no_adapter_is_refused(
     toy: Path, tmp_path: Path, files: list[str], message: str
 ) -> None:
     (toy / "models/onnx").mkdir(parents=True)
-    (toy / "models/onnx/adapter_inputs.json").write_text("{}")
+    contract = {"dtype": "float32", "inputs": []}
+    (toy / "models/onnx/adapter_inputs.json").write_text(json.dumps(contract))
     (tmp_path / "mine").mkdir()
     for name in files:
         (tmp_path / "mine" / name).write_text("?")

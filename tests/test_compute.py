@@ -209,7 +209,7 @@ def test_a_killed_run_finds_its_job_again(project: Path, cloud: Azure, api: str)
     until(lambda: len(cloud.calls(f"runs/{job}/details")) > seen)
     (work(cloud, job) / "go").touch()
     said, _ = again.communicate(timeout=60)
-    assert again.returncode == 0 and "Completed each@travel" in said
+    assert again.returncode == 0 and "Completed each@travel" in said, said
     assert jobs(cloud) == [job]
     assert (project / "out/each-travel").read_text() == "hello\nthere"
 

@@ -76,11 +76,11 @@ class LoraQuantLinear(nn.Module, LoraLayer):
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """y = x W^T + b + s (x' A^T) B^T, of which W and b are frozen; x' is x after dropout.
+    """y = x W^T + b + h B^T with h = s x' A^T, of which W and b are frozen; x' is x after dropout.
 
-    With h = x' A^T and the gradient g of y:
+    With the gradient g of y and u = s g B:
 
-        dx = g W    dx' = s g B A    dA = s (g B)^T x'    dB = s g^T h
+        dx = g W    dx' = u A    dA = u^T x'    dB = g^T h
 
     Autograd would keep W, in floats, for the first of these; here it is unpacked again. Shapes: x
     and x' (..., in_features), where None for x' means x; A (r, in_features); B (out_features, r);
@@ -93,11 +93,11 @@ class AdaptedLinear(torch.autograd.Function):
         bias: Tensor | None, scaling: float, w: Weights,
     ) -> Tensor:  # fmt: skip
         source = (x if dropped is None else dropped).flatten(0, -2)
-        h = source @ a.T
+        h = (source @ a.T) * scaling
 
         def product() -> Tensor:
             y = linear(x.flatten(0, -2), w(x), bias)
-            return y.addmm_(h, b.T, alpha=scaling).unflatten(0, x.shape[:-1])
+            return y.addmm_(h, b.T).unflatten(0, x.shape[:-1])
 
         ctx.save_for_backward(source, h, a, b)
         ctx.whole, ctx.scaling, ctx.w = dropped is None, scaling, w
@@ -108,14 +108,14 @@ class AdaptedLinear(torch.autograd.Function):
         source, h, a, b = ctx.saved_tensors
         shape = grads[0].shape[:-1]
         g = grads[0].flatten(0, -2)
-        update = g @ b
-        to_a = (update.T @ source) * ctx.scaling
-        to_b = (g.T @ h) * ctx.scaling
+        update = (g @ b) * ctx.scaling
+        to_a = update.T @ source
+        to_b = g.T @ h
         to_x = g @ ctx.w(g)
         if ctx.whole:
-            to_x, to_dropped = to_x.addmm_(update, a, alpha=ctx.scaling), None
+            to_x, to_dropped = to_x.addmm_(update, a), None
         else:
-            to_dropped = ((update @ a) * ctx.scaling).unflatten(0, shape)
+            to_dropped = (update @ a).unflatten(0, shape)
         return to_x.unflatten(0, shape), to_dropped, to_a, to_b, None, None, None
 
 

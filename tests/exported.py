@@ -40,7 +40,7 @@ QUANTIZE = {
     "bits": 4,
     "group_size": 32,
     "symmetric": False,
-    "calibration_data": "",
+    "calibration_data": "unread.jsonl",
     "calibration_samples": 1,
     "calibration_seq_len": 8,
 }

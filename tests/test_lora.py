@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
             bits=4,
             group_size=32,
             symmetric=False,
-            calibration_data="",
+            calibration_data="unread.jsonl",
             calibration_samples=1,
             calibration_seq_len=8,
         )

@@ -96,7 +96,7 @@ def strike(clone: Clone, victim: str, deadline: float) -> list[processes.Process
     while True:
         there = processes.of(clone.folder)
         chosen = [each for each in there if victim in (each.kind, "all")]
-        working = [each for each in there if each.kind in ("flow", "stage", "dvc")]
+        working = [each for each in there if each.kind in ("client", "flow", "stage", "dvc")]
         if chosen or not working or time.monotonic() > deadline:
             for each in chosen:
                 each.kill()

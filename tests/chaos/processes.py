@@ -16,9 +16,9 @@ KINDS = {
     "worker": r"prefect worker start|olivepress worker",
     "stage": r"-m stages\.|stage\.py",
     "dvc": r"/dvc( |$)|-m dvc ",
-    "flow": r"olivepress run|flow_engine|prefect flow-run execute|prefect deployment run",
+    "flow": r"olivepress run|prefect\.engine|flow_engine|prefect flow-run execute",
+    "client": r"prefect deployment run",  # which watches a worker's run, and is not it
 }
-VICTIMS = (*KINDS, "all")
 
 
 @dataclass(frozen=True)

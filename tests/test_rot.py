@@ -139,7 +139,7 @@ def test_random_files_of_the_lab(lab: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert done.exit_code == 1
     assert sorted(one["path"] for one in json.loads(done.stdout)["findings"]) == names
     done = typed("verify", "--repair", cwd=lab)
-    assert done.exit_code == 0 and "all sound" in done.stdout
+    assert done.exit_code == 0 and "all sound" in done.stdout, done.stdout
     assert content(lab) == before
 
 

@@ -35,6 +35,7 @@ TOOLCHAIN = MODELS / "toolchain.json"
 PREPARED = Path("data/prepared")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
+os.umask(UMASK := os.umask(0))  # it cannot be read; once, as another thread may write meanwhile
 COMMIT = "OLIVEPRESS_COMMIT"  # environment variable: the JSON of `commit`
 NOT_LOCK = ["--", ":(top)", ":(exclude)dvc.lock"]  # to Git: all files but it
 
@@ -147,10 +148,9 @@ def new_output(path: Path) -> Iterator[Path]:
 
 def _open_to_readers(path: Path) -> None:
     """Give files the mode that `open` gives; safetensors makes them readable by the owner only."""
-    os.umask(umask := os.umask(0))
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~umask)
+            file.chmod(0o666 & ~UMASK)
 
 
 def remove(path: Path) -> None:

@@ -34,8 +34,21 @@ def opened(root: Path) -> Iterator[Repo]:
         UserError: what DVC says is wrong, here or in the caller's use of it.
     """
     check_depth(root)
-    with _said(), contextlib.closing(Repo(str(root), _wait_for_lock=True)) as repo:
+    with _said(), contextlib.closing(_repo(root)) as repo:
         yield repo
+
+
+_opening = threading.Lock()
+
+
+def _repo(root: Path) -> Repo:
+    """A `Repo`; one at a time, as it sets the process's umask to 0 for a moment.
+
+    A second thread would take that for the umask to go back to, and every file made from then on
+    would be writable by all.
+    """
+    with _opening:
+        return Repo(str(root), _wait_for_lock=True)
 
 
 def check_depth(root: Path) -> None:
@@ -176,6 +189,6 @@ def read(root: Path, anew: bool = False) -> Iterator[Reading]:
             while _last:
                 _last.popitem()[1].repo.close()
             check_depth(root)
-            repo = Repo(str(root), _wait_for_lock=True)
+            repo = _repo(root)
             _last[root] = Reading(repo, stages(repo), files)
         yield _last[root]

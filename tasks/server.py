@@ -252,7 +252,7 @@ def _process(root: Path, port: int) -> subprocess.Popen:
     with (home / "server.log").open("ab") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "prefect", "server", "start"),
+                *(sys.executable, "-m", "tasks.prefect_server", "server", "start"),
                 *("--host", "127.0.0.1", "--port", str(port)),
             ],
             cwd=root,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -367,3 +368,17 @@ def _written(path: Path) -> int:
             return int(path.read_text())
         time.sleep(0.05)
     pytest.fail(f"{path} was not written")
+
+
+def test_threads_leave_the_umask_alone(toy: Path) -> None:
+    """DVC sets it to 0 for a moment; two threads at once left it there, for every later file."""
+    os.umask(before := os.umask(0))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(bridge.settings, [toy] * 40))
+    finally:
+        sys.setswitchinterval(interval)
+        os.umask(after := os.umask(before))
+    assert after == before

@@ -12,7 +12,7 @@ from pathlib import Path
 MARK = "CHAOS_FOLDER"
 # The first that its command line fits.
 KINDS = {
-    "server": r"prefect server start|prefect\.server",
+    "server": r"prefect_server server start",
     "worker": r"prefect worker start|olivepress worker",
     "stage": r"-m stages\.|stage\.py",
     "dvc": r"/dvc( |$)|-m dvc ",

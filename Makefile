@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-long fuzz audit ui down clean lint lock azure-up azure-down
+.PHONY: install demo test test-long fuzz audit ui down clean lint lock upgrade azure-up azure-down
 
 install: $(INSTALLED)  ## the virtual environment, from the lock
 
@@ -74,3 +74,6 @@ azure-down:  ## end it, with all that it stored
 
 lock: install  ## write what is installed now into requirements.lock
 	$(BIN)/pip freeze --all --exclude-editable | grep -v -E '^(pip|olivepress)==' | sed 's/+cpu$$//' > requirements.lock
+
+upgrade: install  ## the newest of everything within pyproject.toml's ranges, into the lock if all passes
+	$(BIN)/python -m tests.versions --latest

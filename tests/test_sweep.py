@@ -70,7 +70,7 @@ class World:
         return self.end(self.begin(**changes))
 
     def end(self, process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
-        said, errors = process.communicate(timeout=300)
+        said, errors = process.communicate(timeout=600)
         assert process.returncode == code, errors
         return json.loads(said)
 

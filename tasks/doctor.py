@@ -38,12 +38,12 @@ CLASHES = {
 }
 # Those that passed; others may, but nobody tried.
 TRIED = {
-    "olive-ai": "==0.13.*",
-    "onnxruntime-genai": "==0.14.*",
-    "transformers": "==5.10.*",
-    "torch": "==2.13.*",
-    "prefect": "==3.8.*",
-    "dvc": "==3.67.*",
+    "olive-ai": ["==0.13.*"],
+    "onnxruntime-genai": ["==0.14.*"],
+    "transformers": ["==5.10.*", "==5.24.*"],
+    "torch": ["==2.13.*"],
+    "prefect": ["==3.8.*"],
+    "dvc": ["==3.67.*"],
 }
 
 
@@ -93,8 +93,8 @@ def _versions() -> Iterator[Check]:
         if not _fits(version, needed):
             message = f"{name} {version} is installed, {needed} is needed: {why}; run make install"
             yield Check(name, "problem", message)
-        elif not _fits(version, TRIED.get(name, "")):
-            message = f"{name} {version} is installed, and {TRIED[name]} was tried"
+        elif not any(_fits(version, one) for one in TRIED.get(name, [""])):
+            message = f"{name} {version} is installed, and {' and '.join(TRIED[name])} was tried"
             yield Check(name, "warning", f"{message}; make install brings it back")
         else:
             yield Check(name, "ok", version)

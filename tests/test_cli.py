@@ -278,7 +278,7 @@ def test_doctor_knows_what_clashes(toy: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_doctor_warns_of_what_nobody_tried(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor.TRIED, "pytest", "==1.*")
+    monkeypatch.setitem(doctor.TRIED, "pytest", ["==1.*"])
     (warning,) = (check for check in doctor.check(toy) if check.name == "pytest")
     assert warning.verdict == "warning" and "==1.* was tried" in warning.message
     doctor.check_or_raise(toy)

@@ -70,7 +70,9 @@ class Row:
 
     @property
     def passes(self) -> bool:
-        return (self.installs, self.pipeline) == ("yes", "passes") and "failed" not in self.tests
+        return (self.installs, self.pipeline) == ("yes", "passes") and not re.search(
+            "failed|error", self.tests
+        )
 
 
 def latest(library: str, number: int) -> list[str]:
@@ -166,9 +168,9 @@ def tests(bin: Path, names: list[str]) -> tuple[str, str]:
     done = _run([bin / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], REPO, bin)
     (bin.parent / "tests.log").write_text(done.stdout)
     count = re.findall(r"\d+ (?:passed|failed|errors?)", done.stdout)
-    ended = ", ".join(count).replace("errors", "failed").replace("error", "failed")
-    if done.returncode and "failed" not in ended:
-        ended = f"{ended or 'none'}, failed"
+    ended = ", ".join(count)
+    if done.returncode and not re.search("failed|error", ended):
+        ended = f"{ended or 'none'}, then an error"
     return ended, _last(done.stdout, "FAILED") if done.returncode else ""
 
 

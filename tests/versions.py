@@ -51,7 +51,8 @@ and of the tests of what is built on that library.
 """
 FOOT = """
 *installs* says whether pip finds a set of packages with it that go together. A release that does
-not is not tried, and one that is not here was not yet. The row of the release of Olive that the lock has is one of the lock as it is.
+not is not tried, and one that is not here was not yet. The
+row of the release of Olive that the lock has is one of the lock as it is.
 `make upgrade` resolves every library anew within the ranges of pyproject.toml, runs the same
 pipeline and the tests of all five, and writes requirements.lock only if all pass.
 """

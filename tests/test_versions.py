@@ -13,8 +13,8 @@ from tests.versions import Row
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, path in {"FOLDER": "", "RESULTS": "results.json", "PAGE": "page.md"}.items():
-        monkeypatch.setattr(versions, name, tmp_path / path)
+    monkeypatch.setattr(versions, "FOLDER", tmp_path)
+    monkeypatch.setattr(versions, "PAGE", tmp_path / "page.md")
     return tmp_path
 
 
@@ -31,7 +31,7 @@ def test_an_environment_has_its_own_over_those_below(folder: Path) -> None:
 
 
 def test_the_page_has_a_row_for_each_release_newest_first(folder: Path) -> None:
-    versions.keep(Row("dvc", "3.9.1", "no", seen="a | b"))
+    versions.keep(Row("dvc", "3.9.1", "no", seen="a \\| b"))
     versions.keep(Row("dvc", "3.67.1", "yes", "fails", "1 failed", "why"))
     versions.keep(Row("olive-ai", "0.13.0", "yes", "passes", "9 passed"))
     versions.keep(Row("dvc", "3.67.1", "yes", "passes", "9 passed"))
@@ -44,6 +44,7 @@ def test_the_page_has_a_row_for_each_release_newest_first(folder: Path) -> None:
         *("0.13.0", "3.67.1", "3.9.1")
     ]
     assert [row.passes for row in versions.known()] == [True, True, False]
+    assert versions.known()[-1].seen == "a \\| b"
     assert not Row("dvc", "1.0", "yes", "passes", "1 passed, 1 failed").passes
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -27,7 +26,6 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDER = REPO / ".versions"
-RESULTS = FOLDER / "results.json"
 PAGE = REPO / "docs/versions.md"
 MODELS = ["test_packed", "test_awq", "test_lora", "test_export"]
 # What is built on each, and how the pipeline is run: `dvc repro` asks no doctor.
@@ -188,7 +186,10 @@ def tried(library: str, release: str) -> Row:
 
 
 def known() -> list[Row]:
-    return [Row(**row) for row in json.loads(RESULTS.read_text())] if RESULTS.exists() else []
+    """The rows that the page has."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("| ")]
+    return [Row(*(cell.strip() for cell in row)) for row in cells[1:]]  # the first is the head
 
 
 def keep(row: Row) -> None:
@@ -200,7 +201,6 @@ def keep(row: Row) -> None:
         key=lambda one: (-order.index(one.library), [int(n) for n in one.release.split(".")]),
         reverse=True,
     )
-    RESULTS.write_text(json.dumps([asdict(one) for one in rows], indent=2) + "\n")
     lines = [f"| {' | '.join(str(cell) for cell in asdict(one).values())} |\n" for one in rows]
     PAGE.write_text(HEAD + "".join(lines) + FOOT)
 
@@ -219,11 +219,8 @@ def upgrade() -> int:
     if made != "passes" or failure:
         print(f"requirements.lock is as it was; the logs are in {bin.parent}")
         return 1
-    freeze = [bin / "python", "-m", "pip", "freeze", "--all", "--exclude-editable"]
-    lines = [re.sub(r"\+\w+$", "", line) for line in _run(freeze).stdout.splitlines()]
-    (REPO / "requirements.lock").write_text(
-        "".join(f"{line}\n" for line in lines if not re.match("(pip|olivepress)==", line))
-    )
+    if (done := _run(["make", "lock", f"BIN={bin}"])).returncode:
+        sys.exit(done.stdout)
     print("requirements.lock is written; make install")
     return 0
 

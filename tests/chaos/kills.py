@@ -26,6 +26,7 @@ DRIVERS = {
 }
 WORKER_SECONDS = 95  # until the server calls a worker offline
 ORPHAN_SECONDS = 8  # a stage looks for its parent twice a second
+HOOK_SECONDS = 60  # it imports the flow to see that it has no hooks, and writes nothing
 
 
 @dataclass
@@ -116,16 +117,19 @@ def orphans(clone: Clone, one: Kill) -> None:
     """Whoever works on without the one that was to look after it must end by itself."""
     if one.victim not in ("flow", "dvc", "worker", "all"):
         return
-    deadline = time.monotonic() + ORPHAN_SECONDS
+    began = time.monotonic()
     while left := [
         each
         for each in processes.of(clone.folder)
-        if each.kind in ("stage", "dvc")
+        if each.kind in ("stage", "dvc", "hook", "other")
         or (each.kind == "flow" and "deployment run" not in each.command)
-        or each.kind == "other"
     ]:
-        if time.monotonic() > deadline:
-            one.wrong += [f"goes on: {each.command[:120]}" for each in left]
+        waited = time.monotonic() - began
+        late = [each for each in left if waited > ORPHAN_SECONDS and each.kind != "hook"]
+        if waited > HOOK_SECONDS:
+            late = left
+        if late:
+            one.wrong += [f"goes on: {each.command[-200:]}" for each in late]
             return
         time.sleep(0.2)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 MARK = "CHAOS_FOLDER"
 # The first that its command line fits.
 KINDS = {
+    "hook": r"_workspace_runtime_bootstrap\.py hook",  # the worker's, after a flow that crashed
     "server": r"prefect_server server start",
     "worker": r"prefect worker start|olivepress worker",
     "stage": r"-m stages\.|stage\.py",

@@ -30,7 +30,8 @@ class Clone:
         self.env = {
             **{name: it for name, it in os.environ.items() if not name.startswith("PREFECT_")},
             **{MARK: str(folder), "PYTHONPATH": str(REPO), "PREFECT_WORKER_QUERY_SECONDS": "1"},
-            **{"PATH": f"{BIN}:{os.environ['PATH']}"},
+            # A shell would set it, and prefect.yaml says with it where a worker's runs are.
+            **{"PATH": f"{BIN}:{os.environ['PATH']}", "PWD": str(folder)},
         }
         kept = Path(f"{folder}.json")
         if not kept.exists():

@@ -137,8 +137,9 @@ def random_adapter(model: Path, out: Path) -> None:
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
-    to_value = onnxruntime.OrtValue.ortvalue_from_numpy
-    adapter.set_parameters({k: to_value(v.astype(np.float32)) for k, v in values.items()})
+    to_value = onnxruntime.OrtValue.ortvalue_from_numpy  # a view: the arrays must stay
+    arrays = {k: v.astype(np.float32) for k, v in values.items()}
+    adapter.set_parameters({k: to_value(v) for k, v in arrays.items()})
     adapter.export_adapter(str(out))
 
 

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 from olive.hardware.accelerator import AcceleratorSpec
 from olive.model import ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
-from onnx import GraphProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 CONTRACT = "adapter_inputs.json"
+ROWS = "lora_rows"  # an input of the graph: which rows of a batch get which ranks of x A
 # What one projection is made of where the other side packs or splits it, in the order of its rows.
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 PROJECTION = re.compile(r"(/model/layers\.(\d+)/\w+/(\w+))/MatMul(NBits)?")
@@ -49,11 +51,16 @@ class Projection:
 
 
 class AdapterInputs(Pass):
-    """Add x A B to each adapted projection, with A and B as graph inputs.
+    """Add (x A * rows) B to each adapted projection, with A, B and rows as graph inputs.
 
     A is (in_features, rank) and B (rank, out_features), in the graph's own floating type; the rank
     may differ from input to input and call to call. Both have an initializer of rank 0 by the same
     name, which makes the input optional and the projection what it was. B holds alpha / r.
+
+    `lora_rows`, one input for all projections, is (batch_size, 1, rank) and by default a single 1.
+    With the A of several adapters side by side, and their B below each other, 1 where a row's own
+    adapter is and 0 elsewhere gives each row of a batch another adapter (or none) in one call. The
+    rank must then be the same for all projections.
 
     The graph's weights are not read or written. `adapter_inputs.json` beside the model says what
     an adapter must be: see `contract`.
@@ -89,6 +96,8 @@ class AdapterInputs(Pass):
         dtype = next(i for i in proto.graph.input if i.name.startswith("past_key_values"))
         elem_type = dtype.type.tensor_type.elem_type
         nodes, inputs = [], []
+        if sources:
+            add_rows(proto.graph, elem_type)
         for node in proto.graph.node:
             nodes.append(node)
             if node.name in sources:
@@ -100,7 +109,8 @@ class AdapterInputs(Pass):
         proto.graph.node.extend(nodes)
         onnx.save(proto, folder / path.name)
         numpy_name = helper.tensor_dtype_to_np_dtype(elem_type).name
-        text = json.dumps({"dtype": numpy_name, "inputs": inputs}, indent=2, sort_keys=True)
+        about = {"dtype": numpy_name, "inputs": inputs, "rows": ROWS}
+        text = json.dumps(about, indent=2, sort_keys=True)
         (folder / CONTRACT).write_text(text + "\n", "utf-8")
         return ONNXModelHandler(str(folder), onnx_file_name=path.name)
 
@@ -180,6 +190,14 @@ def places(
         raise NotInGraph(f"{module} is not among the projections of the ONNX graph")
 
 
+def add_rows(graph: GraphProto, elem_type: int) -> None:
+    """Add the input `lora_rows`, with its default of 1."""
+    shape: list[int | str] = ["lora_batch_size", 1, "lora_rank"]
+    graph.input.append(helper.make_tensor_value_info(ROWS, elem_type, shape))
+    dtype = helper.tensor_dtype_to_np_dtype(elem_type)
+    graph.initializer.append(numpy_helper.from_array(np.ones((1, 1, 1), dtype), ROWS))
+
+
 def add_update(
     graph: GraphProto, projection: Projection, in_features: int, elem_type: int
 ) -> list[NodeProto]:
@@ -200,7 +218,10 @@ def add_update(
     return [
         helper.make_node("MatMul", [node.input[0], a], [f"{prefix}/xA"], f"{prefix}/lora_A/MatMul"),
         helper.make_node(
-            "MatMul", [f"{prefix}/xA", b], [f"{prefix}/xAB"], f"{prefix}/lora_B/MatMul"
+            "Mul", [f"{prefix}/xA", ROWS], [f"{prefix}/own"], f"{prefix}/lora_rows/Mul"
+        ),
+        helper.make_node(
+            "MatMul", [f"{prefix}/own", b], [f"{prefix}/xAB"], f"{prefix}/lora_B/MatMul"
         ),
         helper.make_node("Add", [base, f"{prefix}/xAB"], [output], f"{prefix}/lora/Add"),
     ]

@@ -1,0 +1,1 @@
+"""A package behind an HTTP API: one loaded base, its adapters as models by name."""

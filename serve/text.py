@@ -1,0 +1,182 @@
+"""Text to tokens and back: the model's tokenizer and chat template, and texts that end an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from serve.errors import ApiError
+from stages.errors import UserError
+from stages.generation import prompt_template, read_config
+from stages.reading import JSON_BYTES, Missing, content, json_object
+
+PROBE = "\N{OBJECT REPLACEMENT CHARACTER}"  # a question that no template has in it
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Text:
+    """What a package says of its text.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = read_config(folder)["model"]
+        eos = config.get("eos_token_id", [])
+        self.stops = frozenset([eos] if isinstance(eos, int) else eos)
+        path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = Tokenizer.from_str(content(path, JSON_BYTES).decode())
+        except Missing:
+            raise UserError(f"{folder}: no tokenizer.json") from None
+        except UserError:
+            raise
+        except Exception as error:  # what tokenizers raises has no class of its own
+            raise UserError(f"{path}: cannot be loaded: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocabulary = self._tokenizer.get_vocab_size()
+        self._special, self._chat = _template(folder)
+        self.taught = self._taught(folder)
+
+    def _taught(self, folder: Path) -> str | None:
+        """The text that adapters were taught to answer, where it is not the chat template's."""
+        try:
+            taught = prompt_template(folder)
+        except Missing:
+            return None
+        except UserError:
+            if (folder / "olivepress.json").exists():
+                raise
+            return None
+        if self._chat is None:
+            return taught
+        probe = [{"role": "user", "content": PROBE}]
+        return None if self.chat(probe) == taught.replace("{prompt}", PROBE) else taught
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Token ids.
+
+        Args:
+            special: let the tokenizer add what it puts around a text, such as a first token.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
+        except (UnicodeEncodeError, TypeError):
+            raise ApiError(400, "the text has half a character in it (a lone surrogate)") from None
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text of a conversation, up to where the answer begins.
+
+        Raises:
+            ApiError: the model has no chat template, or it refuses these messages.
+        """
+        if self._chat is None:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
+        try:
+            return self._chat.render(
+                messages=list(messages), add_generation_prompt=True, **self._special
+            )
+        except (TemplateError, TypeError, ValueError, OverflowError) as error:
+            why = f"the model's chat template refuses these messages: {error}"
+            raise ApiError(400, why[:500], "messages") from None
+
+    def conversation(self, messages: Sequence[dict[str, str]], adapted: bool) -> str:
+        """As `chat`; but one question to an adapter is put into the text it was taught with."""
+        if adapted and self.taught and [each["role"] for each in messages] == ["user"]:
+            return self.taught.replace("{prompt}", messages[0]["content"])
+        return self.chat(messages)
+
+    def token(self, number: int) -> str:
+        """The text of one token, for those who want probabilities."""
+        return self._tokenizer.decode([number], skip_special_tokens=False)
+
+    def writer(self, stops: Sequence[str]) -> Writer:
+        return Writer(self._tokenizer, stops)
+
+
+class Writer:
+    """The text of an answer, token by token.
+
+    What may be the beginning of a stop text is kept back until it is known.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._kept = ""
+        self.stopped = False
+        """Whether a stop text has come; nothing after it is given out."""
+
+    def add(self, token: int) -> str:
+        """What can be given out now that `token` has come."""
+        return self._given(self._stream.step(self._tokenizer, token) or "")
+
+    def _given(self, text: str) -> str:
+        if not self._stops:
+            return text
+        text = self._kept + text
+        if found := [at for at in map(text.find, self._stops) if at >= 0]:
+            self.stopped, self._kept = True, ""
+            return text[: min(found)]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._kept = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was kept back, when no token follows."""
+        kept, self._kept = self._kept, ""
+        return kept
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _template(folder: Path) -> tuple[dict[str, Any], Any]:
+    """Special tokens by name, and the chat template if there is one."""
+    try:
+        settings = json_object(folder / "tokenizer_config.json")
+    except Missing:
+        settings = {}
+    special = {name: _name(settings[name]) for name in SPECIAL if settings.get(name)}
+    source = settings.get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        source = content(folder / "chat_template.jinja", JSON_BYTES).decode("utf-8", "replace")
+    if not isinstance(source, str):
+        return special, None
+    try:
+        return special, _environment().from_string(source)
+    except TemplateError as error:
+        raise UserError(f"{folder}: the chat template is damaged: {error}") from None
+
+
+def _name(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The one that chat templates are written for: transformers' `apply_chat_template`."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **rest: json.dumps(
+        value, ensure_ascii=False, **rest
+    )
+    environment.globals["raise_exception"] = _refuse
+    return environment
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)

@@ -15,6 +15,7 @@ def serve(
     package: Annotated[
         Path | None, typer.Argument(help="A package's folder.", show_default="models/package")
     ] = None,
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     slots: Annotated[int, typer.Option(help="Answers that are written at once.", min=1)] = 8,

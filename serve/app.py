@@ -148,6 +148,7 @@ async def _answered(
     body: Sampling,
     prompted: Callable[[], Any],
     http: Request,
+    *,
     chat: bool,
 ) -> Response:
     """The response to a request, whole or as a stream; counted either way."""

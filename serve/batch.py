@@ -1,4 +1,4 @@
-"""One step of many sequences in one call: ONNX Runtime on the CPU, rows of several adapters together.
+"""A step of many sequences in one call of ONNX Runtime on the CPU, each with its own adapter.
 
 onnxruntime-genai's own Generator takes a batch that begins and ends together and has one adapter,
 and its Engine takes none. Here each sequence has a slot in one cache of keys and values, may come

@@ -1,7 +1,8 @@
 """What a client may ask: the requests of OpenAI's API that are answered here.
 
 https://platform.openai.com/docs/api-reference/chat/create and …/completions/create. A null counts
-as not given. What the API has and this server has not is refused by its name; so is what neither has.
+as not given. What the API has and this server has not is refused by its name, as is what neither
+has.
 """
 
 from __future__ import annotations

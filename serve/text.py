@@ -1,4 +1,4 @@
-"""Text to tokens and back: the model's tokenizer and chat template, and texts that end an answer."""
+"""Text and tokens: the model's tokenizer, its chat template, and texts that end an answer."""
 
 from __future__ import annotations
 

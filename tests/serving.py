@@ -82,7 +82,7 @@ def served(folder: Path, *options: str, **env: str) -> Iterator[tuple[str, subpr
 
 @contextlib.contextmanager
 def slow(folder: Path, seconds: float, **settings: int) -> Iterator[tuple[str, Engine]]:
-    """A server in this process whose model takes so long for a step, so that there is time to act."""
+    """A server in this process whose model takes so long for a step that there is time to act."""
     engine = Engine(folder, Settings(**settings))
     step = engine.batch.step
 

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from exported import Lab
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+HELLO: dict[str, Any] = {
+    "model": "base",
+    "temperature": 0,
+    "messages": [{"role": "user", "content": "Hello"}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +224,7 @@ def test_what_asks_for_nothing_else_is_accepted(url: str) -> None:
         "metadata": {"a": "b"}, "stop": None, "max_completion_tokens": 8, "top_p": None,
         "messages": [
             {"role": "developer", "content": "Be short."},
-            {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
+            {"role": "user", "content": [{"type": "text", "text": part} for part in ("Hel", "lo")]},
             {"role": "assistant", "content": "Yes?", "refusal": None, "tool_calls": None},
             {"role": "user", "content": "Go on."},
         ],
@@ -238,11 +243,7 @@ BODIES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "word"),
-    BODIES,
-    ids=lambda it: str(it[:10]) if isinstance(it, bytes) else None,
-)
+@pytest.mark.parametrize(("body", "status", "word"), BODIES, ids=range(len(BODIES)))
 def test_a_body_that_is_none(url: str, body: bytes, status: int, word: str) -> None:
     headers = {"Content-Type": "application/json"}
     sent = httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers, timeout=60)
@@ -332,7 +333,7 @@ def test_page_card_lineage_and_metrics(url: str) -> None:
 
 
 def test_too_many_wait(package: Path) -> None:
-    """Those beyond the bound get 429 at once; all others their answer, and those who wait in turn."""
+    """Those beyond the bound get 429 at once; all others are answered, in turn."""
     with slow(package, 0.01, slots=2, waiting=3) as (url, engine):
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(lambda _: ask(url, max_tokens=30), range(12)))
@@ -346,12 +347,7 @@ def test_too_many_wait(package: Path) -> None:
 
 
 def test_a_client_that_goes_away_frees_its_slot(package: Path) -> None:
-    body = {
-        "model": "base",
-        "temperature": 0,
-        "max_tokens": 200,
-        "messages": [{"role": "user", "content": "Hello"}],
-    }
+    body = HELLO | {"max_tokens": 200}
     with slow(package, 0.05, slots=1, waiting=4) as (url, engine):
         for streamed in (True, False):
             steps = engine.scheduler.steps
@@ -384,10 +380,8 @@ def test_one_who_reads_slowly_stops_nobody(package: Path) -> None:
     """A client that takes nothing from its socket: others are answered meanwhile."""
     with slow(package, 0.005, slots=2, waiting=4) as (url, engine):
         host, _, port = url.removeprefix("http://").partition(":")
-        body = json.dumps({
-            "model": "base", "stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 200,
-            "messages": [{"role": "user", "content": "Hello"}],
-        }).encode()  # fmt: skip
+        much = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 200}
+        body = json.dumps(HELLO | much).encode()
         with socket.socket() as mute:
             mute.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             mute.connect((host, int(port)))
@@ -424,8 +418,7 @@ def test_sigterm_finishes_what_is_running(package: Path) -> None:
         started = threading.Event()
 
         def read() -> None:
-            body = {"model": "base", "temperature": 0, "max_tokens": 240, "stream": True,
-                    "messages": [{"role": "user", "content": "Hello"}]}  # fmt: skip
+            body = HELLO | {"max_tokens": 240, "stream": True}
             with httpx.stream(
                 "POST", f"{url}/v1/chat/completions", json=body, timeout=60
             ) as answer:

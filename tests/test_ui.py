@@ -4,50 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import STAGES, olivepress
 from tasks import bridge
+from tests.browser import needs_browser, wait_for
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"
-)
-
-
-@pytest.fixture
-def browser() -> Iterator:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    quiet = ("--disable-background-networking", "--disable-component-update")  # it calls home else
-    shape = ("--headless=new", "--no-sandbox", "--window-size=1500,1400", "--disable-gpu")
-    for flag in (*shape, *quiet):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
-
-
-def wait_for(driver, *words: str, seconds: float = 60) -> str:
-    """The page's text once it holds all the words."""
-    deadline = time.monotonic() + seconds
-    text = ""
-    while time.monotonic() < deadline:
-        text = driver.execute_script("return document.body.innerText") or ""
-        if all(word in text for word in words):
-            return text
-        time.sleep(0.5)
-    pytest.fail(f"{words} not on the page, which says: {text[:2000]}")
-
+pytestmark = needs_browser
 
 # Counts the pieces of one colour that are at least 15 pixels high, in a picture.
 PIECES = """

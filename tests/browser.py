@@ -1,0 +1,42 @@
+"""A real browser without a window, for the tests of pages."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"
+)
+
+
+@pytest.fixture
+def browser() -> Iterator:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    quiet = ("--disable-background-networking", "--disable-component-update")  # it calls home else
+    shape = ("--headless=new", "--no-sandbox", "--window-size=1500,1400", "--disable-gpu")
+    for flag in (*shape, *quiet):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+def wait_for(driver, *words: str, seconds: float = 60) -> str:
+    """The page's text once it holds all the words."""
+    deadline = time.monotonic() + seconds
+    text = ""
+    while time.monotonic() < deadline:
+        text = driver.execute_script("return document.body.innerText") or ""
+        if all(word in text for word in words):
+            return text
+        time.sleep(0.5)
+    pytest.fail(f"{words} not on the page, which says: {text[:2000]}")

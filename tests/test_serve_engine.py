@@ -1,0 +1,313 @@
+"""The parts of the server against their equations: sampling, batches, stop texts, turns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.adapters import IDLE_STEPS, Adapter, Shelf, Together, padded
+from serve.batch import CHUNK, Batch, Row
+from serve.engine import context_length
+from serve.sampling import Sampler
+from serve.scheduler import Busy, Piece, Scheduler, Sequence, Stopping
+from serve.text import Text, Writer
+from tests.serving import another_adapter, eventually, make_package
+
+if TYPE_CHECKING:
+    from exported import Lab
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LOGITS = np.random.default_rng(0).normal(0, 2, 1000).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory, labs: Callable[[str], Lab]) -> Path:
+    return make_package(labs("phi3"), tmp_path_factory.mktemp("served") / "package")
+
+
+def probabilities(temperature: float) -> np.ndarray:
+    weights = np.exp(LOGITS.astype(np.float64) / temperature)
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_they_are_likely(temperature: float) -> None:
+    sampler = Sampler(temperature, seed=1)
+    drawn = np.bincount([sampler.choose(LOGITS).token for _ in range(4000)], minlength=1000) / 4000
+    expected = probabilities(temperature)
+    error = np.sqrt(expected * (1 - expected) / 4000)
+    assert (np.abs(drawn - expected) < 5 * error + 1e-3).all()
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_top_p_draws_from_the_fewest_that_have_it(top_p: float) -> None:
+    expected = probabilities(1.0)
+    order = np.argsort(-expected, kind="stable")
+    count = int(np.searchsorted(expected[order].cumsum(), top_p)) + 1
+    sampler = Sampler(1.0, top_p, seed=1)
+    drawn = {sampler.choose(LOGITS).token for _ in range(3000)}
+    assert drawn <= set(order[:count].tolist())
+    if count < 40:
+        assert drawn == set(order[:count].tolist())
+
+
+def test_penalties_and_bias() -> None:
+    """score + bias - frequency * count - presence * (count > 0), and its probability is told."""
+    scores = np.array([2.0, 1.93, 1.81, 0.0], np.float32)
+    sampler = Sampler(presence_penalty=0.05, frequency_penalty=0.1, bias={3: 1.95}, top_logprobs=4)
+    now = scores + np.array([0, 0, 0, 1.95], np.float32)
+    for _ in range(8):
+        choice = sampler.choose(scores)
+        assert choice.token == int(now.argmax())
+        total = np.log(np.exp(now.astype(np.float64)).sum())
+        assert choice.logprob == pytest.approx(now[choice.token] - total, abs=1e-5)
+        assert [token for token, _ in choice.top] == np.argsort(-now, kind="stable").tolist()
+        first = now[choice.token] == (scores + np.array([0, 0, 0, 1.95], np.float32))[choice.token]
+        now[choice.token] -= 0.1 + 0.05 * first
+    assert (scores == np.array([2.0, 1.93, 1.81, 0.0], np.float32)).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=4))
+def test_stop_texts_cut_at_the_first(text: str, stops: list[str]) -> None:
+    """What is given out, letter by letter, is what is before the first stop."""
+    writer = Writer(None, stops)  # type: ignore[arg-type]
+    said = ""
+    for letter in text:
+        said += writer._given(letter)
+        if writer.stopped:
+            break
+    if not writer.stopped:
+        said += writer.rest()
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    if not ends:
+        assert said == text and not writer.stopped
+    else:
+        seen = text[: min(ends)]  # what had come when the first was complete
+        assert writer.stopped
+        assert said == seen[: min(seen.find(stop) for stop in stops if stop in seen)]
+
+
+def test_rows_of_a_batch_are_as_if_alone(package: Path, labs: Callable[[str], Lab]) -> None:
+    """Other lengths, other adapters of other ranks, or none: the scores of each run by itself."""
+    batch = Batch(package, 6, 256)
+    shelf = Shelf(package, batch.parameters)
+    wide = shelf.get("two")
+    smaller = Adapter(
+        "smaller", wide.path, 2,
+        {k: v[:, :2].copy() if k.endswith("A") else v[:2].copy() for k, v in wide.arrays.items()},
+    )  # fmt: skip
+    adapters = [None, shelf.get("one"), wide, smaller, shelf.get("one")]
+    prompts = [list(range(10, 10 + length)) for length in (3, 40, 1, 17, 100)]
+    alone = []
+    for prompt, adapter in zip(prompts, adapters, strict=True):
+        scores = [batch.read(5, prompt, 0, adapter)]
+        for step in range(4):
+            token = int(scores[-1].argmax())
+            scores.append(batch.step([Row(5, token, len(prompt) + step, adapter)])[0])
+        alone.append(scores)
+    for slot, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        batch.read(slot, prompt, 0, adapter)
+    for step in range(4):
+        order = [3, 0, 4, 1, 2]  # of rows; slots need not be in order
+        rows = [
+            Row(slot, int(alone[slot][step].argmax()), len(prompts[slot]) + step, adapters[slot])
+            for slot in order
+        ]
+        for slot, scores in zip(order, batch.step(rows), strict=True):
+            np.testing.assert_allclose(scores, alone[slot][step + 1], atol=2e-4)
+
+
+def test_a_prompt_in_parts_while_others_are_answered(package: Path) -> None:
+    """Steps for others leave a half-read prompt's cache as it was."""
+    batch = Batch(package, 3, 256)
+    prompt = list(range(4, 100))
+    whole = batch.read(0, prompt, 0, None)
+    batch.read(2, [7, 8, 9], 0, None)
+    length = 3
+    for start in range(0, len(prompt), 32):
+        scores = batch.read(1, prompt[start : start + 32], start, None)
+        read = min(start + 32, len(prompt))
+        batch.reading({1: read})
+        batch.step([Row(2, 5, length, None)])
+        length += 1
+    np.testing.assert_allclose(scores, whole, atol=2e-4)
+    batch.read(0, prompt, 0, None)
+    rows = batch.step([Row(slot, 5, len(prompt), None) for slot in (0, 1)])
+    np.testing.assert_allclose(rows[1], rows[0], atol=2e-4)
+
+
+def test_adapters_together() -> None:
+    """A side by side and B below each other; one that is idle for long makes room."""
+    shapes = {"p.lora_A": [4, "rank"], "p.lora_B": ["rank", 6]}
+    rng = np.random.default_rng(0)
+
+    def make(name: str, rank: int) -> Adapter:
+        arrays = {
+            "p.lora_A": rng.normal(size=(4, rank)).astype(np.float32),
+            "p.lora_B": rng.normal(size=(rank, 6)).astype(np.float32),
+        }
+        return Adapter(name, Path(), rank, arrays)
+
+    one, two, x = make("one", 2), make("two", 3), rng.normal(size=(3, 1, 4)).astype(np.float32)
+    together = Together(shapes)
+    together.take({one, two})
+    own = together.rows({0: two, 1: None, 2: one}, 3)
+    got = (x @ together.arrays["p.lora_A"] * own) @ together.arrays["p.lora_B"]
+    for row, adapter in ((0, two), (2, one)):
+        want = x[row] @ adapter.arrays["p.lora_A"] @ adapter.arrays["p.lora_B"]
+        np.testing.assert_allclose(got[row], want, rtol=1e-5, atol=1e-6)
+    assert (got[1] == 0).all()
+    version = together.version
+    for _ in range(IDLE_STEPS):
+        together.take({one})
+    assert together.version == version and together.rank == 5
+    together.take({one})
+    assert together.rank == 2
+    for _ in range(IDLE_STEPS + 2):
+        together.take(set())
+    assert together.rank == 0 and not together.arrays
+    value = padded("p.lora_A", one.arrays["p.lora_A"], 5)
+    assert value.shape == (4, 5) and (value[:, 2:] == 0).all()
+
+
+def test_only_so_many_adapters_stay_in_memory(package: Path, labs: Callable[[str], Lab]) -> None:
+    shelf = Shelf(package, Batch(package, 1, 16).parameters, kept=2)
+    for seed in range(3):
+        path = another_adapter(labs("phi3"), package.parent / f"x{seed}.onnx_adapter", seed)
+        shelf.add(f"x{seed}", path)
+    assert [each.name for each in shelf.loaded()] == ["x1", "x2"]
+    assert shelf.get("x1") is shelf.get("x1")
+    shelf.get("x0")
+    assert [each.name for each in shelf.loaded()] == ["x1", "x0"]
+
+
+class Counting:
+    """A model of which the test sees the calls; the next token is always the last plus one."""
+
+    slots, context = 2, 10_000
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.go = threading.Semaphore(0)
+
+    def _scores(self, token: int) -> np.ndarray:
+        scores = np.zeros(20_000, np.float32)
+        scores[token + 1] = 1
+        return scores
+
+    def read(self, slot: int, ids: list[int], start: int, adapter: Any) -> np.ndarray:
+        self.go.acquire()
+        self.calls.append(("read", (slot, start, len(ids))))
+        return self._scores(ids[-1])
+
+    def step(self, rows: list[Row]) -> np.ndarray:
+        self.go.acquire()
+        if any(row.token == 13 for row in rows):
+            raise RuntimeError("thirteen")
+        self.calls.append(("step", [row.slot for row in rows]))
+        return np.stack([self._scores(row.token) for row in rows])
+
+    def reading(self, lengths: dict[int, int]) -> None:
+        pass
+
+    def free(self, slot: int) -> None:
+        self.calls.append(("free", slot))
+
+
+class Silent:
+    """A writer that gives out nothing."""
+
+    stopped = False
+
+    def add(self, token: int) -> str:
+        return ""
+
+    rest = staticmethod(str)
+
+
+def wanted(prompt: list[int], most: int, got: list[Piece]) -> Sequence:
+    stops: frozenset[int] = frozenset()
+    return Sequence(0, prompt, None, Sampler(), Silent(), stops, most, got.extend)  # type: ignore[arg-type]
+
+
+def test_a_long_prompt_does_not_stop_others() -> None:
+    """Between its parts, who is being answered gets a token each time."""
+    model, short, long = Counting(), [], []  # type: ignore[var-annotated]
+    scheduler = Scheduler(model, 4)
+    scheduler.submit([wanted([1], 6, short)])
+    model.go.release(2)
+    eventually(lambda: len(short) == 2)
+    scheduler.submit([wanted(list(range(100, 100 + 3 * CHUNK)), 2, long)])
+    model.go.release(100)
+    eventually(lambda: len(long) == 2 and len(short) == 6)
+    kinds = [kind for kind, _ in model.calls]
+    parts = [
+        at for at, (kind, what) in enumerate(model.calls) if kind == "read" and what[2] == CHUNK
+    ]
+    assert len(parts) == 3
+    assert all("step" in kinds[a:b] for a, b in itertools.pairwise(parts))
+    assert [piece.choice.token for piece in short if piece.choice] == [2, 3, 4, 5, 6, 7]
+    scheduler.stop()
+
+
+def test_order_bound_failure_and_end() -> None:
+    """First come first served; beyond the bound Busy; a failing step ends its own; then no more."""
+    model = Counting()
+    got: list[list[Piece]] = [[] for _ in range(5)]
+    scheduler = Scheduler(model, 2)
+    scheduler.submit([wanted([1000 * (i + 1)], 3, got[i]) for i in range(4)])  # two run, two wait
+    with pytest.raises(Busy):
+        scheduler.submit([wanted([5], 1, got[4])])
+    model.go.release(1000)
+    eventually(lambda: len(got[3]) == 3)
+    assert [[piece.choice.token % 1000 for piece in one if piece.choice] for one in got[:4]] == [
+        [1, 2, 3]
+    ] * 4
+    scheduler.submit([wanted([10], 9, got[4])])
+    eventually(lambda: got[4] and got[4][-1].error is not None)
+    assert "thirteen" in str(got[4][-1].error)
+    assert scheduler.alive and scheduler.running == 0
+    scheduler.stop()
+    with pytest.raises(Stopping):
+        scheduler.submit([wanted([1], 1, [])])
+
+
+def test_text_of_a_custom_template(package: Path, tmp_path: Path) -> None:
+    """An adapter that was taught with a text of its own is asked with it, the base is not."""
+    folder = tmp_path / "package"
+    shutil.copytree(package, folder)
+    said = [{"role": "user", "content": "Where?"}]
+    assert Text(folder).taught is None
+    (folder / "olivepress.json").write_text(json.dumps({"prompt_template": "Q: {prompt}\nA:"}))
+    text = Text(folder)
+    assert text.conversation(said, adapted=True) == "Q: Where?\nA:"
+    assert text.conversation(said, adapted=False) == "<|user|>Where?<|end|><|assistant|>"
+    assert text.conversation([*said, *said], adapted=True).startswith("<|user|>")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    with pytest.raises(Exception, match="no such role"):
+        Text(folder).chat(said)
+    for damaged in ("{% if %}", "{{ ''.__class__.__mro__ }}"):
+        (folder / "chat_template.jinja").write_text(damaged)
+        with pytest.raises(Exception, match="template"):
+            Text(folder).chat(said)
+
+
+def test_longrope_is_served_up_to_its_first_length(package: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(package, folder)
+    assert context_length(folder) == 256
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert context_length(folder) == 64

@@ -12,7 +12,7 @@ from prefect.states import Failed
 from flows.optimize import optimize
 from stages import params
 from stages.errors import UserError
-from tasks import alive, bridge
+from tasks import alive, bridge, smoke
 from tasks.command import stages_end_with_caller
 from tasks.publish.request import make
 from tasks.publish.task import publish_package
@@ -31,8 +31,9 @@ def publish(
     registry_name: str | None = None,
     folder: str | None = None,
     tracking_uri: str | None = None,
+    try_it: bool = True,
 ) -> Any:
-    """Register the package, unless the same content is there already.
+    """Register the package, unless the same content is there already; then serve it and ask it.
 
     Args:
         name: the model's name there.
@@ -41,6 +42,7 @@ def publish(
         subscription_id, resource_group, workspace_name, registry_name: as `az ml` takes them.
         folder: local: where versions are kept.
         tracking_uri: local: an MLflow server instead.
+        try_it: serve the package that was published, here, and ask each of its models.
 
     Returns:
         What was done, as a dictionary; or a Failed state with one line that says why not.
@@ -68,11 +70,19 @@ def publish(
         return Failed(message=f"publish: {error}")
     with stages_end_with_caller():
         state = publish_package(request, root, limit, return_state=True)
-    terminal.done("publish")
-    if not state.is_completed():
-        return Failed(message=state.message)
-    done: dict[str, Any] = state.result()  # type: ignore[assignment]
-    create_markdown_artifact(markdown(done), key="published", description=state.message)
+        terminal.done("publish")
+        if not state.is_completed():
+            return Failed(message=state.message)
+        done: dict[str, Any] = state.result()  # type: ignore[assignment]
+        create_markdown_artifact(markdown(done), key="published", description=state.message)
+        if try_it:
+            tried = smoke.smoke_test(root, limit, return_state=True)
+            if not tried.is_completed():
+                return Failed(message=f"{done['status']}, but {tried.message}", data=done)
+            done["tried"] = tried.message
+            if answers := tried.result():
+                text = smoke.markdown(answers)  # type: ignore[arg-type]
+                create_markdown_artifact(text, key="smoke-test", description=tried.message)
     return done
 
 
@@ -82,11 +92,13 @@ def optimize_and_publish(
     overrides: dict[str, Any] | None = None,
     to: str | None = None,
     version: str | None = None,
+    try_it: bool = True,
 ) -> Any:
-    """Bring every stage up to date, then publish what came of it.
+    """Bring every stage up to date, then publish what came of it, and try it.
 
     Args:
-        name, to, version: as `publish`; the rest of it comes from params.yaml and the environment.
+        name, to, version, try_it: as `publish`; the rest of it comes from params.yaml and the
+            environment.
         overrides: as `optimize`.
     """
     try:
@@ -96,7 +108,7 @@ def optimize_and_publish(
     made: State = optimize(overrides, return_state=True)  # type: ignore[assignment]
     if not made.is_completed():
         return Failed(message=made.message)
-    done: State = publish(name, to=to, version=version, return_state=True)  # type: ignore[assignment]
+    done: State = publish(name, to=to, version=version, try_it=try_it, return_state=True)  # type: ignore[assignment]
     return done.result() if done.is_completed() else Failed(message=done.message)
 
 

@@ -33,6 +33,9 @@ def publish(
         str | None,
         typer.Option(help="local: an MLflow server.", show_default="MLFLOW_TRACKING_URI"),
     ] = None,
+    try_it: Annotated[
+        bool, typer.Option("--try/--no-try", help="Serve the package here and ask its models.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Register the package as a version of a model; the same content again is not sent again."""
@@ -59,7 +62,7 @@ def publish(
         api = server.ensure(root)
         terminal.quiet = as_json
         try:
-            state = _run_flow(root, {"name": name, **asked})
+            state = _run_flow(root, {"name": name, **asked, "try_it": try_it})
         except KeyboardInterrupt:
             stop("stopped; the next try goes on from what has arrived", 130)
         if not state.is_completed():
@@ -74,9 +77,11 @@ def publish(
             f"{done['bytes'] / 1e6:,.1f} MB, in {done['where']}\n{done['address']}\n"
             f"content {done['digest']}\nThis run: {done['url']}"
         )
+        if try_it:
+            typer.echo(f"tried: {done['tried']}")
 
 
-def _run_flow(root: Path, asked: dict[str, str | None]) -> Any:
+def _run_flow(root: Path, asked: dict[str, Any]) -> Any:
     with without_gc():
         from flows.publish import publish as flow
         from tasks import alive

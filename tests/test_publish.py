@@ -26,7 +26,8 @@ from packaged import (
     work_in_copy,
 )
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.sorting import FlowRunSort
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 
 from conftest import REPO, sh, typed
 from flows import publish as flows
@@ -308,7 +309,7 @@ def test_the_command_line_and_no_secret_in_anything(cloud: Azure, api: str) -> N
     secret, signature = cloud.env["AZURE_CLIENT_SECRET"], "vErYsEcReT%3D"
     words = f"no: https://host/c?sig={signature}&sp=r AccountKey={signature} {secret}"
     cloud.fault(**REGISTER, status=400, body={"error": {"code": "Odd", "message": words}})
-    project, asked = Path.cwd(), ("publish", "--name", NAME)
+    project, asked = Path.cwd(), ("publish", "--name", NAME, "--no-try")
     failed = sh("olivepress", *asked, cwd=project, check=False, PREFECT_API_URL=api)
     assert failed.returncode == 1 and "Traceback" not in failed.stdout + failed.stderr
     place = "olivepress: publish: workspace press-workspace in press-group: press version 1: "
@@ -343,7 +344,10 @@ def test_all_is_brought_up_to_date_and_published(
         done = state.result()
         again = flows.publish(NAME, return_state=True)
     assert (done["status"], done["version"]) == ("published", "1")
+    assert done["tried"] == "4 answers, 4 of them word for word as measured"
     assert again.result() == {**done, "status": "already there"}
+    table = artifact("smoke-test")
+    assert "| base |" in table and "| travel |" in table and "| no:" not in table
     assert in_azure(azure, False).files("1") == package()
     told = in_azure(azure, False).told("1")
     stages = {name.replace("@", ".") for name in STAGES}
@@ -363,11 +367,31 @@ def bare(api: str) -> dict[str, str]:
     return none | {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": ""}
 
 
+def artifact(key: str) -> str:
+    """The newest artifact of a key."""
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])),
+            sort=ArtifactSort.CREATED_DESC,
+            limit=1,
+        )
+    return str(found[0].data)
+
+
+def test_a_package_that_cannot_be_served_is_told_after_it_was_published(
+    project: Path, api: str
+) -> None:
+    done = typed("publish", "--name", "m", "--to", "local", cwd=project, **bare(api))
+    assert done.exit_code == 1
+    assert "published, but smoke test: " in done.stderr and "genai_config.json" in done.stderr
+    assert (project / "published/m/1/model.json").exists()
+
+
 def test_a_folder_that_is_none_of_ours_is_never_replaced(project: Path, api: str) -> None:
     there = project / "published/m/1/weights.bin"
     there.parent.mkdir(parents=True)
     there.write_text("mine")
-    asked = ("publish", "--name", "m", "--to", "local")
+    asked = ("publish", "--name", "m", "--to", "local", "--no-try")
     done = typed(*asked, "--version", "1", cwd=project, **bare(api))
     assert done.exit_code == 1 and "exists with other content" in done.stderr
     done = typed(*asked, cwd=project, **bare(api))

@@ -25,6 +25,7 @@ def serve(
     context: Annotated[
         int, typer.Option(help="Tokens of prompt and answer, if the model takes them.", min=2)
     ] = 4096,
+    adapters: Annotated[int, typer.Option(help="Adapters that stay in memory.", min=1)] = 64,
     as_json: Json = False,
 ) -> None:
     """Serve the package over HTTP: OpenAI's API, a page to try it, every adapter a model by name.
@@ -39,7 +40,7 @@ def serve(
         from serve.engine import Engine, Settings
 
         bound = server.listen(host, port)
-        engine = Engine(folder, Settings(slots, waiting, context))
+        engine = Engine(folder, Settings(slots, waiting, context, adapters))
     except UserError as error:
         stop(str(error))
     name, number = bound.getsockname()[:2]

@@ -16,8 +16,9 @@ from stages.errors import UserError
 from stages.generation import SUFFIX, adapters_of
 from stages.reading import ADAPTER_NAME
 
-KEPT = 64  # adapters in memory; the one that was asked for longest ago makes way
-IDLE_STEPS = 256  # after so many without it, an adapter is left out of the batch
+# After so many steps without a row of its own, an adapter is left out of the batch: each step reads
+# all that is in it, and laying it out anew costs as much as a few steps.
+IDLE_STEPS = 16
 
 
 @dataclass(eq=False)
@@ -78,11 +79,12 @@ def padded(name: str, value: np.ndarray, rank: int) -> np.ndarray:
 class Shelf:
     """The adapters that can be asked for: files of the package, and those that were added.
 
-    A file that is put into the package's `adapters` folder, or changed there, is seen at the next
-    request. Safe to use from several threads.
+    At most `kept` are in memory; the one that was asked for longest ago makes way. A file that is
+    put into the package's `adapters` folder, or changed there, is seen at the next request. Safe to
+    use from several threads.
     """
 
-    def __init__(self, folder: Path, parameters: Mapping[str, list[Any]], kept: int = KEPT) -> None:
+    def __init__(self, folder: Path, parameters: Mapping[str, list[Any]], kept: int) -> None:
         self._folder, self._parameters, self._kept = folder, parameters, kept
         self._added: dict[str, Path] = {}
         self._removed: set[str] = set()
@@ -155,7 +157,7 @@ class Shelf:
 class Together:
     """Several adapters as one: A side by side, B below each other.
 
-    An adapter stays a while after its last row, as laying them out copies all of them.
+    An adapter stays a while after its last row, as laying out copies all of them.
     """
 
     def __init__(self, parameters: Mapping[str, list[Any]]) -> None:

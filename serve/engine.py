@@ -34,6 +34,8 @@ class Settings:
     """Answers that may wait for a slot; a request beyond them gets status 429."""
     context: int = 4096
     """Tokens of prompt and answer together, if the model takes as many."""
+    adapters: int = 64
+    """Adapters that stay in memory."""
 
 
 class Engine:
@@ -50,7 +52,7 @@ class Engine:
         self.context = min(settings.context, context_length(folder))
         self.text = Text(folder)
         self.batch = Batch(folder, settings.slots, self.context)
-        self.adapters = Shelf(folder, self.batch.parameters)
+        self.adapters = Shelf(folder, self.batch.parameters, settings.adapters)
         self.adapters.paths()  # says what is wrong with a name at once
         self.scheduler = Scheduler(self.batch, settings.waiting)
         self.created = int(time.time())

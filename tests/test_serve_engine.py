@@ -101,7 +101,7 @@ def test_stop_texts_cut_at_the_first(text: str, stops: list[str]) -> None:
 def test_rows_of_a_batch_are_as_if_alone(package: Path, labs: Callable[[str], Lab]) -> None:
     """Other lengths, other adapters of other ranks, or none: the scores of each run by itself."""
     batch = Batch(package, 6, 256)
-    shelf = Shelf(package, batch.parameters)
+    shelf = Shelf(package, batch.parameters, kept=8)
     wide = shelf.get("two")
     smaller = Adapter(
         "smaller", wide.path, 2,

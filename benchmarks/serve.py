@@ -51,11 +51,12 @@ def main() -> None:
     parser.add_argument("--steady", type=float, metavar="MINUTES")
     parser.add_argument("--load", metavar="JSON", help=argparse.SUPPRESS)
     parser.add_argument("--genai", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--together", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
         print(json.dumps(asyncio.run(load(**json.loads(args.load)))))
     elif args.genai:
-        print(json.dumps(genai(args.genai, args.seconds)))
+        print(json.dumps(genai(args.genai, args.seconds, args.together)))
     elif args.memory:
         memory(prepared(args, adapters=50))
     elif args.steady:
@@ -69,7 +70,7 @@ def table(args: argparse.Namespace) -> None:
     package = prepared(args, adapters=8)
     names = ("onnxruntime", "onnxruntime-genai", "fastapi", "uvicorn")
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
-    bare = child("--genai", str(package), "--seconds", str(args.seconds))["tokens_per_second"]
+    bare = alone(package, args.seconds, 1)
     print(f"\nonnxruntime-genai alone, one answer after the other: {bare:.1f} tokens/s\n")
     print(
         "| server | models asked | clients | tokens/s | of genai alone | first token, ms | 95 % |"
@@ -85,8 +86,17 @@ def table(args: argparse.Namespace) -> None:
             for clients in CLIENTS:
                 found = under(url, ["llama"], clients, args.seconds)
                 row("llama-cpp-python", "base, Q4_0", clients, found, bare)
-    again = child("--genai", str(package), "--seconds", str(args.seconds))["tokens_per_second"]
-    print(f"\nonnxruntime-genai alone, at the end again: {again:.1f} tokens/s")
+    print(
+        f"\nonnxruntime-genai alone, at the end again: {alone(package, args.seconds, 1):.1f} tokens/s"
+    )
+    for together in CLIENTS[1:3]:
+        rate = alone(package, args.seconds, together)
+        print(f"{together} of its generators in turn: {rate:.1f} tokens/s, {rate / bare:.2f}")
+
+
+def alone(package: Path, seconds: float, together: int) -> float:
+    arguments = ("--seconds", str(seconds), "--together", str(together))
+    return child("--genai", str(package), *arguments)["tokens_per_second"]
 
 
 def row(server: str, models: str, clients: int, found: dict[str, Any], bare: float) -> None:
@@ -236,27 +246,32 @@ async def load(url: str, models: list[str], clients: int, seconds: float) -> dic
     return {"tokens": tokens, "seconds": elapsed, "first": first, "failed": failed}
 
 
-def genai(package: Path, seconds: float) -> dict[str, float]:
-    """onnxruntime-genai alone: one prompt after the other, as one client asks them."""
+def genai(package: Path, seconds: float, together: int) -> dict[str, float]:
+    """onnxruntime-genai alone: so many prompts at a time, a token of each in turn."""
     import numpy as np
     import onnxruntime_genai as og
 
     model = og.Model(str(package))
     length = PROMPT + TOKENS
 
-    def answer() -> None:
+    def begun() -> og.Generator:
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, params)
         generator.append_tokens(np.arange(100, 100 + PROMPT, dtype=np.int32))
+        return generator
+
+    def answer() -> None:
+        generators = [begun() for _ in range(together)]
         for _ in range(TOKENS):
-            generator.generate_next_token()
+            for generator in generators:
+                generator.generate_next_token()
 
     answer()
     began, count = time.monotonic(), 0
     while time.monotonic() < began + seconds:
         answer()
-        count += TOKENS
+        count += TOKENS * together
     return {"tokens_per_second": count / (time.monotonic() - began)}
 
 

@@ -94,6 +94,7 @@ def ran(states: dict[str, str]) -> set[str]:
     return done
 
 
+@pytest.mark.long
 def test_one_edited_row_costs_only_what_reads_it(clone: Path, api: str) -> None:
     data = clone / "data/travel.jsonl"
     before = data.read_bytes()
@@ -140,6 +141,7 @@ def test_a_quantization_that_costs_too_much_stops_what_builds_on_its_figures(
     assert again == dict.fromkeys(STAGES, "Cached")
 
 
+@pytest.mark.long
 def test_same_inputs_same_bytes(lab: Path) -> None:
     before = {stage: bytes_of(lab / path) for stage, path in OUTPUTS.items()}
     for stage in BITWISE:

@@ -136,6 +136,7 @@ def assert_nothing_runs(run: str) -> None:
     assert flows and not open_ones
 
 
+@pytest.mark.long
 def test_six_candidates_on_three_machines_are_as_six_runs(world: World, tmp_path: Path) -> None:
     """Same bytes, each stage computed once in the whole pool, and one command to adopt."""
     with ExitStack() as stack:

@@ -86,9 +86,8 @@ def table(args: argparse.Namespace) -> None:
             for clients in CLIENTS:
                 found = under(url, ["llama"], clients, args.seconds)
                 row("llama-cpp-python", "base, Q4_0", clients, found, bare)
-    print(
-        f"\nonnxruntime-genai alone, at the end again: {alone(package, args.seconds, 1):.1f} tokens/s"
-    )
+    again = alone(package, args.seconds, 1)
+    print(f"\nonnxruntime-genai alone, at the end again: {again:.1f} tokens/s")
     for together in CLIENTS[1:3]:
         rate = alone(package, args.seconds, together)
         print(f"{together} of its generators in turn: {rate:.1f} tokens/s, {rate / bare:.2f}")

@@ -137,6 +137,12 @@ class Batch:
         """Say which slots have a prompt that is only partly read, and how much of it they have."""
         self._reading = lengths
 
+    def move(self, slot: int, to: int, length: int) -> None:
+        """Have the sequence of a slot, so many tokens of it, in another that is free."""
+        for cache in self._caches:
+            cache.values[to, :, :length] = cache.values[slot, :, :length]
+        self.free(slot)
+
     def free(self, slot: int) -> None:
         """Give a slot's memory back to the system."""
         for cache in self._caches:
@@ -167,7 +173,8 @@ class Cache:
         self._memory = mmap.mmap(-1, shape[0] * self.slot_bytes, flags=flags)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):  # 2 MB at a time would be most of it at once
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
-        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self.values = np.frombuffer(self._memory, dtype).reshape(shape)
+        self._address = self.values.ctypes.data
 
     def bind(self, binding: Any, slot: int, count: int) -> None:
         """Have the graph read and write `count` slots from `slot` on, in place."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +27,7 @@ class Model(Protocol):
     ) -> np.ndarray: ...
     def step(self, rows: list[Row]) -> np.ndarray: ...
     def reading(self, lengths: dict[int, int]) -> None: ...
+    def move(self, slot: int, to: int, length: int) -> None: ...
     def free(self, slot: int) -> None: ...
 
 
@@ -66,7 +66,11 @@ class Sequence:
     made: int = 0
     token: int = 0
     cancelled: bool = False
-    asked: float = field(default_factory=time.monotonic)
+
+    @property
+    def cached(self) -> int:
+        """Tokens that the cache has: the last one that was made comes with the next step."""
+        return self.read + max(self.made - 1, 0)
 
 
 class Busy(Exception):
@@ -158,6 +162,21 @@ class Scheduler:
             one = self._waiting.popleft()
             one.slot = self._free.pop(0)
             self._reading.append(one)
+        self._close_up()
+
+    def _close_up(self) -> None:
+        """Have no more idle rows below the last than others: each costs a step as much as another.
+
+        A move copies the sequence's cache, which takes as long as a few steps.
+        """
+        there = sorted((*self._reading, *self._writing), key=lambda each: each.slot)
+        while there and there[-1].slot + 1 > 2 * len(there):
+            one = there.pop()
+            to = self._free.pop(0)
+            self.model.move(one.slot, to, one.cached)
+            self._free.append(one.slot)
+            one.slot = to
+            there.insert(0, one)
 
     def _read(self) -> None:
         """Read prompts, `CHUNK` tokens in all, so that those who are being answered go on."""
@@ -181,10 +200,7 @@ class Scheduler:
         writing = self._writing
         if not writing:
             return
-        rows = [
-            Row(each.slot, each.token, len(each.prompt) + each.made - 1, each.adapter)
-            for each in writing
-        ]
+        rows = [Row(each.slot, each.token, each.cached, each.adapter) for each in writing]
         self.model.reading({each.slot: each.read for each in self._reading})
         try:
             logits = self.model.step(rows)

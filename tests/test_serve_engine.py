@@ -147,6 +147,18 @@ def test_a_prompt_in_parts_while_others_are_answered(package: Path) -> None:
     np.testing.assert_allclose(rows[1], rows[0], atol=2e-4)
 
 
+def test_a_sequence_that_moves_goes_on(package: Path) -> None:
+    batch = Batch(package, 4, 256)
+    prompt = list(range(4, 60))
+    for slot in (0, 3):
+        batch.read(slot, prompt, 0, None)
+    expected = batch.step([Row(slot, 5, len(prompt), None) for slot in (0, 3)])
+    batch.move(3, 1, len(prompt) + 1)
+    again = batch.step([Row(slot, 6, len(prompt) + 1, None) for slot in (0, 1)])
+    np.testing.assert_allclose(again[1], again[0], atol=2e-4)
+    assert np.abs(again[0] - expected[0]).max() > 0.1
+
+
 def test_adapters_together() -> None:
     """A side by side and B below each other; one that is idle for long makes room."""
     shapes = {"p.lora_A": [4, "rank"], "p.lora_B": ["rank", 6]}
@@ -221,6 +233,9 @@ class Counting:
     def reading(self, lengths: dict[int, int]) -> None:
         pass
 
+    def move(self, slot: int, to: int, length: int) -> None:
+        self.calls.append(("move", (slot, to, length)))
+
     def free(self, slot: int) -> None:
         self.calls.append(("free", slot))
 
@@ -258,6 +273,25 @@ def test_a_long_prompt_does_not_stop_others() -> None:
     assert len(parts) == 3
     assert all("step" in kinds[a:b] for a, b in itertools.pairwise(parts))
     assert [piece.choice.token for piece in short if piece.choice] == [2, 3, 4, 5, 6, 7]
+    scheduler.stop()
+
+
+def test_few_rows_lie_close_together() -> None:
+    """When most have ended, the others move to lower slots and go on as they were."""
+    model = Counting()
+    model.slots = 8
+    got: list[list[Piece]] = [[] for _ in range(8)]
+    scheduler = Scheduler(model, 0)
+    scheduler.submit([wanted([1000 * (i + 1)], 40 if i > 5 else 2, got[i]) for i in range(8)])
+    model.go.release(1000)
+    eventually(lambda: len(got[6]) == len(got[7]) == 40)
+    moves = [what for kind, what in model.calls if kind == "move"]
+    assert [(slot, to) for slot, to, _ in moves] == [(7, 0), (6, 1)]
+    assert all(length == 2 for *_, length in moves)  # the prompt and one token
+    last = [what for kind, what in model.calls if kind == "step"][-1]
+    assert sorted(last) == [0, 1]
+    for one, first in ((got[6], 7001), (got[7], 8001)):
+        assert [piece.choice.token for piece in one if piece.choice] == [*range(first, first + 40)]
     scheduler.stop()
 
 

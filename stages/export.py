@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +22,9 @@ PROVIDERS = {
     "webgpu": "WebGpuExecutionProvider",
     "NvTensorRtRtx": "NvTensorRTRTXExecutionProvider",
 }
+# A product over an inner dimension of 0 is refused by DirectML and not specified by the other two,
+# so that there an adapter input is by default of rank 1, and zero (microsoft/onnxruntime#21483).
+NO_EMPTY = {"dml", "webgpu", "NvTensorRtRtx"}
 LM_HEAD: dict[str, dict[str, Any]] = {
     "float": {"int4_nodes_to_exclude": ["/lm_head/MatMul"]},
     "int8": {"int4_algo_config": "rtn_last"},
@@ -74,6 +78,8 @@ def export(model: Path, out: Path, params: Export, target_modules: list[str]) ->
         adapter_inputs.run(onnx_model, str(out))
     except NotInGraph as error:
         raise UserError(f"params.yaml: finetune.target_modules: {error}") from error
+    if params.provider in NO_EMPTY:
+        fill_defaults(out / "model.onnx")
     tidy(out)
     if (model / FOLDS).exists():
         shutil.copytree((model / FOLDS).parent, (out / FOLDS).parent)
@@ -95,6 +101,11 @@ def check_quantized(params: Export, quantization: dict) -> None:
             raise UserError(
                 "params.yaml: export.provider NvTensorRtRtx takes quantize.bits 4, not "
                 f"{quantization['bits']}"
+            )
+        if not quantization["symmetric"]:
+            raise UserError(
+                "params.yaml: export.provider NvTensorRtRtx takes quantize.symmetric true: "
+                "TensorRT knows no zero points"
             )
         if params.lm_head != "float":
             raise UserError(
@@ -132,6 +143,18 @@ def build(model: Any, out: Path, params: Export, quantization: dict | None, devi
             raise UserError(
                 f"export: onnxruntime-genai cannot build this model: {error}"
             ) from error
+
+
+def fill_defaults(path: Path) -> None:
+    """Make the defaults of the adapter inputs of rank 1 and zero; the projections stay the same."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for initializer in model.graph.initializer:
+        if 0 in initializer.dims:
+            initializer.dims[:] = [dim or 1 for dim in initializer.dims]
+            initializer.raw_data = bytes(2 * math.prod(initializer.dims))  # float16
+    onnx.save(model, path)
 
 
 def tidy(out: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import fleet, harness, proof, release, share, talk
+from flows import exporting, fleet, harness, proof, release, share, talk
 from flows import verify as verifying
 from flows.console import Json, console, in_project, print_json, quiet_prefect, stop, without_gc
 from stages.errors import UserError
@@ -136,6 +136,7 @@ def report(
 
 app.command()(talk.generate)
 app.command()(talk.chat)
+app.command()(exporting.export)
 app.command("lm-eval")(harness.lm_eval)
 app.command()(proof.sign)
 app.command()(release.publish)

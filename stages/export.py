@@ -8,12 +8,15 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages import stage
 from stages.errors import UserError
 from stages.params import Export, Params
 from stages.targets import target_shapes
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -22,8 +25,8 @@ PROVIDERS = {
     "webgpu": "WebGpuExecutionProvider",
     "NvTensorRtRtx": "NvTensorRTRTXExecutionProvider",
 }
-# A product over an inner dimension of 0 is refused by DirectML and not specified by the other two,
-# so that there an adapter input is by default of rank 1, and zero (microsoft/onnxruntime#21483).
+# DirectML (microsoft/onnxruntime#21483) and WebGPU (seen) refuse a product over an inner dimension
+# of 0, and for TensorRT nobody says; so there an adapter input is by default of rank 1, and zero.
 NO_EMPTY = {"dml", "webgpu", "NvTensorRtRtx"}
 LM_HEAD: dict[str, dict[str, Any]] = {
     "float": {"int4_nodes_to_exclude": ["/lm_head/MatMul"]},
@@ -79,7 +82,7 @@ def export(model: Path, out: Path, params: Export, target_modules: list[str]) ->
     except NotInGraph as error:
         raise UserError(f"params.yaml: finetune.target_modules: {error}") from error
     if params.provider in NO_EMPTY:
-        fill_defaults(out / "model.onnx")
+        set_defaults(out / "model.onnx", {})
     tidy(out)
     if (model / FOLDS).exists():
         shutil.copytree((model / FOLDS).parent, (out / FOLDS).parent)
@@ -145,15 +148,19 @@ def build(model: Any, out: Path, params: Export, quantization: dict | None, devi
             ) from error
 
 
-def fill_defaults(path: Path) -> None:
-    """Make the defaults of the adapter inputs of rank 1 and zero; the projections stay the same."""
+def set_defaults(path: Path, values: dict[str, ndarray]) -> None:
+    """Give the adapter inputs of a model these defaults, or zeros of rank 1 in place of rank 0."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     for initializer in model.graph.initializer:
-        if 0 in initializer.dims:
+        if initializer.name in values:
+            value = values[initializer.name]
+            initializer.dims[:], initializer.raw_data = value.shape, value.tobytes()
+        elif 0 in initializer.dims:
             initializer.dims[:] = [dim or 1 for dim in initializer.dims]
-            initializer.raw_data = bytes(2 * math.prod(initializer.dims))  # float16
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type)
+            initializer.raw_data = bytes(dtype.itemsize * math.prod(initializer.dims))
     onnx.save(model, path)
 
 

@@ -23,7 +23,10 @@ UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 def inference_model(
-    manifest: dict[str, Any], provider: str, tokenizer: PreTrainedTokenizerBase
+    manifest: dict[str, Any],
+    provider: str,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """What inference_model.json says.
 
@@ -31,9 +34,11 @@ def inference_model(
         manifest: as olivepress.json.
         provider: as genai_config.json names it, or cpu.
         tokenizer: of the base model.
+        adapter: the one that answers where none is chosen.
     """
+    parts = [base_name(manifest["base"]), "olivepress", *filter(None, [adapter]), provider.lower()]
     return {
-        "Name": f"{base_name(manifest['base'])}-olivepress-{provider.lower()}",
+        "Name": "-".join(parts),
         "PromptTemplate": templates(tokenizer, manifest["prompt_template"]),
     }
 

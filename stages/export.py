@@ -105,15 +105,15 @@ def check_quantized(params: Export, quantization: dict) -> None:
                 "params.yaml: export.provider NvTensorRtRtx takes quantize.bits 4, not "
                 f"{quantization['bits']}"
             )
-        if not quantization["symmetric"]:
-            raise UserError(
-                "params.yaml: export.provider NvTensorRtRtx takes quantize.symmetric true: "
-                "TensorRT knows no zero points"
-            )
         if params.lm_head != "float":
             raise UserError(
                 "params.yaml: export.provider NvTensorRtRtx takes export.lm_head float, not "
                 f"{params.lm_head}: the builder leaves it float there"
+            )
+        if not quantization["symmetric"]:
+            raise UserError(
+                "params.yaml: export.provider NvTensorRtRtx takes quantize.symmetric true: "
+                "TensorRT knows no zero points"
             )
 
 

@@ -161,9 +161,18 @@ def test_an_adapter_that_is_built_in_answers_where_none_is_chosen(projects, tmp_
     assert name.endswith(f"-olivepress-travel-{target}")
 
 
-def test_what_cannot_be_tried_is_said(projects, tmp_path):
-    assert recipes.try_on_cpu(projects[False] / "exports/cpu") is None
-    assert "genai_config.json" in (recipes.try_on_cpu(tmp_path) or "")
+def test_a_target_is_tried_on_the_cpu_in_arithmetic_that_the_cpu_has(projects, tmp_path):
+    out = tmp_path / "out"
+    with chdir(projects[False]):
+        fast = params.load()
+        export = fast.export.model_copy(update={"accuracy_level": 4})
+        recipes.write("webgpu", fast.model_copy(update={"export": export}), out)
+    nodes = onnx.load(out / "model.onnx", load_external_data=False).graph.node
+    assert {a.i for n in nodes for a in n.attribute if a.name == "accuracy_level"} == {4}
+    before = sorted(out.iterdir())
+    assert recipes.try_on_cpu(out) is None
+    assert sorted(out.iterdir()) == before
+    assert "No such file" in (recipes.try_on_cpu(tmp_path) or "")
 
 
 @pytest.mark.parametrize(

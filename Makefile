@@ -41,7 +41,7 @@ down:  ## stop what was started in the background
 	@if [ -x $(BIN)/olivepress ]; then $(BIN)/olivepress down; fi
 
 clean: down  ## remove what was made; the environment and DVC's cache stay
-	rm -rf models metrics plots report sweeps data/prepared .prefect .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf models metrics plots report sweeps exports data/prepared .prefect .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
 lint: install  ## style, formatting and types
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import fleet, harness, proof, release, serving, share, talk
+from flows import exporting, fleet, harness, proof, release, serving, share, talk
 from flows import verify as verifying
 from flows.console import Json, console, in_project, print_json, quiet_prefect, stop, without_gc
 from stages.errors import UserError
@@ -137,6 +137,7 @@ def report(
 app.command()(talk.generate)
 app.command()(talk.chat)
 app.command()(serving.serve)
+app.command()(exporting.export)
 app.command("lm-eval")(harness.lm_eval)
 app.command()(proof.sign)
 app.command()(release.publish)

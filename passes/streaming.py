@@ -21,7 +21,8 @@ class StreamingModelBuilder(ModelBuilder):
 
     Olive maps the checkpoint's files into memory and onnxruntime-genai's builder describes the
     graph before it writes. Between the two, three of the builder's methods copy weights and keep
-    the copies; these are replaced here, where Olive replaces others.
+    the copies; these are replaced here, where Olive replaces others. So is a fourth, which writes
+    weights that are wrong.
     """
 
     @staticmethod
@@ -32,6 +33,8 @@ class StreamingModelBuilder(ModelBuilder):
         builder.make_packed_matmul_int4 = make_packed_matmul_int4
         if builder.to_int4 is not to_int4:
             builder.to_int4_of_all, builder.to_int4 = builder.to_int4, to_int4
+            builder.make_dequantize_linear_of_signed = builder.make_dequantize_linear
+            builder.make_dequantize_linear = make_dequantize_linear
 
     def _run_for_config(self, *args: Any) -> ONNXModelHandler:
         model = super()._run_for_config(*args)
@@ -91,6 +94,19 @@ def make_packed_matmul_int4(self: Any, q: Any, k: Any, v: Any, *names: str, **kw
         if getattr(q, kind) is not None:
             setattr(packed, kind, Rows([getattr(part, kind) for part in (q, k, v)]))
     return self.make_matmul_int4(packed, *names, **kwargs)
+
+
+def make_dequantize_linear(self: Any, name: str, op: Any) -> str:
+    """Weights for DequantizeLinear: INT4, which is signed.
+
+    Olive's checkpoints hold numbers from 0 to 15, around 8 or a zero point, as MatMulNBits reads
+    them; the builder writes the bits as they are. Less 8 is the highest bit flipped.
+    """
+    signed = copy.copy(op)
+    for kind in ("qweight", "qzeros"):
+        if getattr(op, kind, None) is not None:
+            setattr(signed, kind, getattr(op, kind) ^ 0x88)  # two numbers in a byte
+    return self.make_dequantize_linear_of_signed(name, signed)
 
 
 def to_int4(self: Any) -> ir.Model:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages import stage
 from stages.errors import UserError
 from stages.params import Export, Params
 from stages.targets import target_shapes
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -21,6 +25,9 @@ PROVIDERS = {
     "webgpu": "WebGpuExecutionProvider",
     "NvTensorRtRtx": "NvTensorRTRTXExecutionProvider",
 }
+# DirectML (microsoft/onnxruntime#21483) and WebGPU (seen) refuse a product over an inner dimension
+# of 0, and for TensorRT nobody says; so there an adapter input is by default of rank 1, and zero.
+NO_EMPTY = {"dml", "webgpu", "NvTensorRtRtx"}
 LM_HEAD: dict[str, dict[str, Any]] = {
     "float": {"int4_nodes_to_exclude": ["/lm_head/MatMul"]},
     "int8": {"int4_algo_config": "rtn_last"},
@@ -74,6 +81,8 @@ def export(model: Path, out: Path, params: Export, target_modules: list[str]) ->
         adapter_inputs.run(onnx_model, str(out))
     except NotInGraph as error:
         raise UserError(f"params.yaml: finetune.target_modules: {error}") from error
+    if params.provider in NO_EMPTY:
+        set_defaults(out / "model.onnx", {})
     tidy(out)
     if (model / FOLDS).exists():
         shutil.copytree((model / FOLDS).parent, (out / FOLDS).parent)
@@ -100,6 +109,11 @@ def check_quantized(params: Export, quantization: dict) -> None:
             raise UserError(
                 "params.yaml: export.provider NvTensorRtRtx takes export.lm_head float, not "
                 f"{params.lm_head}: the builder leaves it float there"
+            )
+        if not quantization["symmetric"]:
+            raise UserError(
+                "params.yaml: export.provider NvTensorRtRtx takes quantize.symmetric true: "
+                "TensorRT knows no zero points"
             )
 
 
@@ -132,6 +146,22 @@ def build(model: Any, out: Path, params: Export, quantization: dict | None, devi
             raise UserError(
                 f"export: onnxruntime-genai cannot build this model: {error}"
             ) from error
+
+
+def set_defaults(path: Path, values: dict[str, ndarray]) -> None:
+    """Give the adapter inputs of a model these defaults, or zeros of rank 1 in place of rank 0."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for initializer in model.graph.initializer:
+        if initializer.name in values:
+            value = values[initializer.name]
+            initializer.dims[:], initializer.raw_data = value.shape, value.tobytes()
+        elif 0 in initializer.dims:
+            initializer.dims[:] = [dim or 1 for dim in initializer.dims]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type)
+            initializer.raw_data = bytes(dtype.itemsize * math.prod(initializer.dims))
+    onnx.save(model, path)
 
 
 def tidy(out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from stages import bom, sums
+from stages import bom, foundry, sums, tokenizer
 from stages.card import base_of, card, portable
 from stages.errors import UserError
 from stages.fetch import check_space
@@ -84,7 +84,10 @@ def describe(
     from stages.generation import provider
 
     write_json(out / MANIFEST, about)
-    digests[MANIFEST] = sums.sha256(out / MANIFEST)
+    found = foundry.inference_model(about, provider(ONNX), tokenizer.load(BASE))
+    write_json(out / foundry.FILE, found)
+    for name in (MANIFEST, foundry.FILE):
+        digests[name] = sums.sha256(out / name)
     materials = bom.write(
         about,
         metrics=metrics,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from stages import bom, sums
+from stages import bom, foundry, sums
 from stages.card import card, parameters
 from stages.errors import UserError
 from stages.generation import provider
@@ -21,6 +21,7 @@ from tasks import store
 
 MOST_LISTED = 1_000  # in a bill of materials, of some 300; its library takes n² time, here 2 s
 MOST_PARAMETERS = 1 << 18  # characters of JSON, of some thousand; YAML takes 4 s to write them
+OF_PACKAGE = (MANIFEST, foundry.FILE, SUMS)  # written by `package`, and always the same
 MOST_TEXT = 1 << 20  # characters of a prompt put into the template that it is for
 
 
@@ -83,9 +84,14 @@ def check_contents(package: Package) -> bool:
                 return False
         package.manifest, package.lineage = read[MANIFEST], read[TRACE]
         package.metrics = {Path(name).stem: read[name] for name in figures}
-        if package.metrics.keys() == package.manifest["adapters"].keys():
-            return True
-        say("names other adapters than metrics/ has figures of")
+        if package.metrics.keys() != package.manifest["adapters"].keys():
+            say("names other adapters than metrics/ has figures of")
+            return False
+        if foundry.FILE in package.checked.files:  # packages had none at first
+            asked = _json(package, foundry.FILE)["PromptTemplate"]["prompt"]
+            if asked != package.manifest["prompt_template"].replace("{prompt}", foundry.SLOT):
+                say(f"asks otherwise than {MANIFEST}", foundry.FILE)
+        return True
     return False
 
 
@@ -176,7 +182,7 @@ def check_lineage(package: Package) -> None:
     onnx = {
         name: md5
         for name, md5 in made.items()
-        if not name.startswith(apart) and not volatile(name) and name not in (MANIFEST, SUMS)
+        if not name.startswith(apart) and not volatile(name) and name not in OF_PACKAGE
     }
     with package.check("lineage", TRACE, "its stages made the files that are here") as say:
 

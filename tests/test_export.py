@@ -357,6 +357,11 @@ def test_gpu_graph_is_half_precision_and_splits_what_is_packed(phi3):
             {"device": "gpu", "provider": "NvTensorRtRtx", "lm_head": "int8"},
             r"NvTensorRtRtx takes export\.lm_head float, not int8",
         ),
+        (
+            {"symmetric": False},
+            {"device": "gpu", "provider": "NvTensorRtRtx"},
+            r"NvTensorRtRtx takes quantize\.symmetric true",
+        ),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(tmp_path, quantize, export, message):

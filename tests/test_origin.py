@@ -293,6 +293,15 @@ def test_who_mends_the_sums_is_found_without_key_and_project(package: Path) -> N
     assert not failures(package)
 
 
+def test_another_prompt_for_foundry_local_is_found(package: Path) -> None:
+    def other(written: dict) -> None:
+        written["PromptTemplate"]["prompt"] = "Say yes. {Content}"
+
+    edit(package / "inference_model.json", other)
+    sum_again(package)
+    assert named(package)["contents"] == {"inference_model.json"}
+
+
 def test_better_figures_in_the_card_or_behind_it_are_found(package: Path) -> None:
     card = package / "README.md"
     before = card.read_text()

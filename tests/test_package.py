@@ -176,6 +176,15 @@ def test_sums_cover_every_file(package):
     assert not any(path.is_symlink() for path in package.rglob("*"))
 
 
+def test_foundry_local_finds_name_and_prompt(package):
+    found = json.loads((package / "inference_model.json").read_text("utf-8"))
+    assert found["Name"] == "tiny-olivepress-cpu"
+    prompt = found["PromptTemplate"]["prompt"]
+    assert prompt.replace("{Content}", "Hi") == Session(package).render("Hi")
+    materials = json.loads((package / "bom.cdx.json").read_text("utf-8"))
+    assert "inference_model.json" in [one["name"] for one in materials["components"]]
+
+
 def test_lineage_has_what_dvc_knows_and_what_the_stages_recorded(package):
     lineage = json.loads((package / "lineage.json").read_text("utf-8"))
     assert sorted(lineage) == ["fetch", "package", "prepare@other", "prepare@travel", "quantize"]

@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks import bridge
 from tests.chaos import processes, project
-from tests.chaos.clone import Clone
+from tests.chaos.clone import RUN_SECONDS, Clone
 
 # How the run that is killed is begun, and what of it there is to kill.
 DRIVERS = {
@@ -84,6 +84,8 @@ def kill(
     except subprocess.TimeoutExpired as error:
         one.wrong.append(f"the plain run has no end: {(error.stdout or b'')[-300:]!r}")
     one.mended = round(time.monotonic() - began, 1)
+    if not one.wrong:
+        worker_is_done(clone)
     one.wrong += state_of(clone)
     if one.wrong and all("is Submitting" in text or "is Pending" in text for text in one.wrong):
         time.sleep(WORKER_SECONDS)  # taken by a worker, and its process had not come to a line
@@ -134,6 +136,13 @@ def orphans(clone: Clone, one: Kill) -> None:
         time.sleep(0.2)
 
 
+def worker_is_done(clone: Clone) -> None:
+    """Wait for a worker's run that was not killed; it goes on beside the plain one."""
+    deadline = time.monotonic() + RUN_SECONDS
+    while "flow" in clone.kinds() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
 def state_of(clone: Clone) -> list[str]:
     """What is wrong with a clone in which a plain run has just ended well."""
     wrong = [f"damaged in the cache: {path}" for path in project.damaged(clone.folder)]
@@ -150,7 +159,10 @@ def state_of(clone: Clone) -> list[str]:
 
 
 def unfinished(clone: Clone) -> list[str]:
-    """Flow and task runs that the server has in no final state."""
+    """Flow and task runs that the server has in no final state, though somebody had begun them.
+
+    A flow run that is Scheduled, or Late, waits for a worker: the one that was to take it was killed.
+    """
     text = (clone.folder / "prefect.toml").read_text()
     url = next(line.split('"')[1] for line in text.splitlines() if line.startswith("url"))
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
@@ -161,7 +173,8 @@ def unfinished(clone: Clone) -> list[str]:
     names = {one.id: one.name for one in flows}
     return [
         f"flow run {one.name} is {one.state_name}: {one.state.message if one.state else ''}"
-        for one in flows if not (one.state and one.state.is_final())
+        for one in flows
+        if not (one.state and (one.state.is_final() or one.state.is_scheduled()))
     ] + [
         f"task run {one['name']} of {names.get(UUID(one['flow_run_id']))} is {one['state_name']}"
         for one in tasks

@@ -161,7 +161,7 @@ def state_of(clone: Clone) -> list[str]:
 def unfinished(clone: Clone) -> list[str]:
     """Flow and task runs that the server has in no final state, though somebody had begun them.
 
-    A flow run that is Scheduled, or Late, waits for a worker: the one that was to take it was killed.
+    A flow run that is Scheduled, or Late, waits for a worker: that which was to take it was killed.
     """
     text = (clone.folder / "prefect.toml").read_text()
     url = next(line.split('"')[1] for line in text.splitlines() if line.startswith("url"))

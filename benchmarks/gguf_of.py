@@ -2,8 +2,9 @@
 
     python benchmarks/gguf_of.py FLOAT_MODEL OUT.gguf
 
-Needs llama-cpp-python and gguf, which are not in the lock. No tokenizer is written: the model is
-timed, not talked to. Names of tensors and keys: gguf's own `constants.py`, architecture phi3.
+Needs llama-cpp-python and gguf, which are not in the lock. The tokenizer has bytes and made-up
+words: the model is timed, not talked to. Names of tensors and keys: gguf's own `constants.py`,
+architecture phi3.
 """
 
 from __future__ import annotations
@@ -55,6 +56,21 @@ def new_name(name: str) -> str:
     return f"blk.{layer}.{NAMES[rest]}"
 
 
+def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+    """One of SentencePiece's kind, in which every token has a text."""
+    kinds = gguf.TokenType
+    pieces = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
+    pieces += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+    pieces += [(f"\u2581w{number}", kinds.NORMAL) for number in range(size - len(pieces))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _ in pieces])
+    writer.add_token_types([kind for _, kind in pieces])
+    writer.add_token_scores([-float(at) for at in range(size)])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
 def main() -> None:
     folder, out = map(Path, sys.argv[1:])
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -62,7 +78,7 @@ def main() -> None:
     writer = gguf.GGUFWriter(whole, "phi3")
     heads, size = config["num_attention_heads"], config["hidden_size"]
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    add_tokenizer(writer, config["vocab_size"])
     writer.add_context_length(config["original_max_position_embeddings"])
     writer.add_embedding_length(size)
     writer.add_feed_forward_length(config["intermediate_size"])

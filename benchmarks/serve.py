@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -36,7 +37,7 @@ sys.path.insert(0, str(REPO))
 PROMPT, TOKENS = 64, 48
 CLIENTS = (1, 4, 16, 64)
 SLOTS = 16
-EOS = 32000  # of the tokenizer of benchmarks/shapes.py; answers must not end before TOKENS
+WORD = 500  # a token with text; random weights would make some that have none
 
 
 def main() -> None:
@@ -170,6 +171,7 @@ def llama(args: argparse.Namespace) -> Iterator[str]:
     command = [
         args.llama, "-m", "llama_cpp.server", "--model", gguf, "--port", port, "--n_ctx", "1024",
         "--n_threads", os.cpu_count(), "--model_alias", "llama", "--verbose", "false",
+        "--interrupt_requests", "false",
     ]  # fmt: skip
     process = subprocess.Popen(
         [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -218,12 +220,14 @@ async def load(url: str, models: list[str], clients: int, seconds: float) -> dic
                 "max_tokens": TOKENS,
                 "temperature": 0,
                 "stream": True,
-                "logit_bias": {str(EOS): -100},
+                "logit_bias": {str(WORD): 100},
+                "stream_options": {"include_usage": True},
             }
-            if models == ["llama"]:  # it takes text only, and no token's number as a key
-                body |= {"prompt": "word " * PROMPT, "logit_bias": None}
+            if models == ["llama"]:  # it takes text only: a token for each letter, each prompt new
+                text = hashlib.sha256(str(turn).encode()).hexdigest()[:PROMPT]
+                body |= {"prompt": text, "logit_bias": None, "stream_options": None}
             turn += clients
-            started, got, count = time.monotonic(), False, 0
+            started, count, used = time.monotonic(), 0, None
             async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
                 if answer.status_code != 200:
                     failed += 1
@@ -232,11 +236,11 @@ async def load(url: str, models: list[str], clients: int, seconds: float) -> dic
                     continue
                 async for line in answer.aiter_lines():
                     if line.startswith("data: {"):
-                        if not got:
+                        if not count:
                             first.append(time.monotonic() - started)
-                            got = True
                         count += 1
-            tokens += min(count, TOKENS)
+                        used = json.loads(line[6:]).get("usage") or used
+            tokens += used["completion_tokens"] if used else min(count, TOKENS)
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=600, limits=limits) as http:

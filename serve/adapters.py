@@ -155,38 +155,37 @@ class Shelf:
 
 
 class Together:
-    """Several adapters as one: A side by side, B below each other.
+    """Several adapters as one: A side by side, B below each other; one alone is not copied.
 
-    An adapter stays a while after its last row, as laying out copies all of them.
+    An adapter stays for a while after its last row, unless another comes meanwhile.
     """
 
     def __init__(self, parameters: Mapping[str, list[Any]]) -> None:
         self._parameters = parameters
         self._places: dict[Adapter, slice] = {}
-        self._idle: dict[Adapter, int] = {}
+        self._idle = 0  # steps since all that is laid out was wanted
         self.arrays: dict[str, np.ndarray] = {}
         self.rank = 0
         self.version = 0
 
     def take(self, wanted: set[Adapter]) -> None:
-        """Lay out these, and those that others wanted lately, unless that is how it is."""
-        for adapter in self._places:
-            self._idle[adapter] = 0 if adapter in wanted else self._idle.get(adapter, 0) + 1
+        """Have these laid out, unless they are."""
         there = self._places.keys()
-        idle = {one for one in there if self._idle[one] > IDLE_STEPS}
-        if not idle and wanted <= there:
+        self._idle = 0 if wanted == there else self._idle + 1
+        if wanted <= there and self._idle <= IDLE_STEPS:
             return
-        self._lay_out([*(one for one in there if one not in idle), *(wanted - there)])
+        self._lay_out([*(one for one in there if one in wanted), *(wanted - there)])
 
     def _lay_out(self, adapters: list[Adapter]) -> None:
-        start, self._places = 0, {}
+        start, self._places, self._idle = 0, {}, 0
         for adapter in adapters:
             self._places[adapter] = slice(start, start + adapter.rank)
             start += adapter.rank
-        self._idle = {one: self._idle.get(one, 0) for one in adapters}
         self.rank, self.version = start, self.version + 1
-        self.arrays = {}
+        self.arrays = dict(adapters[0].arrays) if len(adapters) == 1 else {}
         for name, shape in self._parameters.items() if adapters else ():
+            if name in self.arrays:
+                continue
             axis = _rank_axis(name)
             sizes = [start if at == axis else size for at, size in enumerate(shape)]
             whole = np.zeros(sizes, next(iter(adapters[0].arrays.values())).dtype)

@@ -18,6 +18,7 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 CONTRACT = "adapter_inputs.json"
+ZERO = "lora_zero"
 ROWS = "lora_rows"  # an input of the graph: which rows of a batch get which ranks of x A
 # What one projection is made of where the other side packs or splits it, in the order of its rows.
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -51,16 +52,17 @@ class Projection:
 
 
 class AdapterInputs(Pass):
-    """Add (x A * rows) B to each adapted projection, with A, B and rows as graph inputs.
+    """Add (x A where rows, else 0) B to each adapted projection; A, B and rows are graph inputs.
 
     A is (in_features, rank) and B (rank, out_features), in the graph's own floating type; the rank
     may differ from input to input and call to call. Both have an initializer of rank 0 by the same
     name, which makes the input optional and the projection what it was. B holds alpha / r.
 
-    `lora_rows`, one input for all projections, is (batch_size, 1, rank) and by default a single 1.
-    With the A of several adapters side by side, and their B below each other, 1 where a row's own
-    adapter is and 0 elsewhere gives each row of a batch another adapter (or none) in one call. The
-    rank must then be the same for all projections.
+    `lora_rows`, one input for all projections, is bool (batch_size, 1, rank), by default a single
+    true. With the A of several adapters side by side, and their B below each other, true where a
+    row's own adapter is gives each row of a batch another adapter (or none) in one call. The rank
+    must then be the same for all projections. It chooses and does not multiply, so that what
+    overflows in one adapter stays in its own rows.
 
     The graph's weights are not read or written. `adapter_inputs.json` beside the model says what
     an adapter must be: see `contract`.
@@ -191,11 +193,12 @@ def places(
 
 
 def add_rows(graph: GraphProto, elem_type: int) -> None:
-    """Add the input `lora_rows`, with its default of 1."""
+    """Add the input `lora_rows`, with its default, and the 0 that it chooses elsewhere."""
     shape: list[int | str] = ["lora_batch_size", 1, "lora_rank"]
-    graph.input.append(helper.make_tensor_value_info(ROWS, elem_type, shape))
-    dtype = helper.tensor_dtype_to_np_dtype(elem_type)
-    graph.initializer.append(numpy_helper.from_array(np.ones((1, 1, 1), dtype), ROWS))
+    graph.input.append(helper.make_tensor_value_info(ROWS, TensorProto.BOOL, shape))
+    graph.initializer.append(numpy_helper.from_array(np.ones((1, 1, 1), bool), ROWS))
+    zero = np.zeros((), helper.tensor_dtype_to_np_dtype(elem_type))
+    graph.initializer.append(numpy_helper.from_array(zero, ZERO))
 
 
 def add_update(
@@ -218,7 +221,7 @@ def add_update(
     return [
         helper.make_node("MatMul", [node.input[0], a], [f"{prefix}/xA"], f"{prefix}/lora_A/MatMul"),
         helper.make_node(
-            "Mul", [f"{prefix}/xA", ROWS], [f"{prefix}/own"], f"{prefix}/lora_rows/Mul"
+            "Where", [ROWS, f"{prefix}/xA", ZERO], [f"{prefix}/own"], f"{prefix}/lora_rows/Where"
         ),
         helper.make_node(
             "MatMul", [f"{prefix}/own", b], [f"{prefix}/xAB"], f"{prefix}/lora_B/MatMul"

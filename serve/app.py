@@ -17,8 +17,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
+from serve.adapters import BASE
 from serve.answers import Answer
-from serve.engine import BASE, Engine, Ongoing
+from serve.engine import Engine, Ongoing
 from serve.errors import ApiError
 from serve.gate import Gate
 from serve.metrics import CONTENT_TYPE, Metrics
@@ -225,7 +226,7 @@ async def _counted(
 
 def _adapters(app: FastAPI, engine: Engine) -> None:
     def model(name: str) -> dict[str, Any]:
-        loaded = {each.name for each in engine.adapters.loaded()}
+        loaded = engine.adapters.loaded()
         return {
             "id": name,
             "object": "model",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from serve.adapters import Adapter, Together
+from serve.adapters import Adapter, Parameter, Together
 from stages.errors import UserError
 from stages.generation import read_config
 from stages.reading import Missing, json_object
@@ -52,7 +52,7 @@ class Batch:
     def __init__(self, folder: Path, slots: int, context: int) -> None:
         config = read_config(folder)
         decoder = config["model"]["decoder"]
-        self.folder, self.slots, self.context = folder, slots, context
+        self.slots, self.context = slots, context
         self._session = _session(folder / decoder["filename"], decoder["session_options"])
         inputs = {each.name: each for each in self._session.get_inputs()}
         outputs = {each.name: each for each in self._session.get_outputs()}
@@ -62,7 +62,11 @@ class Batch:
         self.vocabulary = int(outputs["logits"].shape[-1])
         self._dtype = TYPES[outputs["logits"].type]
         self._own = _rows_input(folder)
-        self.parameters = {name: it.shape for name, it in optional.items() if name != self._own}
+        self.parameters = {
+            name: Parameter(tuple(it.shape), np.dtype(TYPES[it.type]))
+            for name, it in optional.items()
+            if name != self._own
+        }
         if self.parameters and self._own not in optional:
             raise UserError(
                 f"{folder}: exported by an earlier version, whose adapters cannot share a batch; "

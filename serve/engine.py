@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.adapters import Adapter, Shelf
+import numpy as np
+
+from serve.adapters import BASE, Adapter, Shelf
 from serve.batch import Batch
 from serve.errors import ApiError
 from serve.requests import Sampling
@@ -18,10 +20,8 @@ from serve.scheduler import Busy, Piece, Scheduler, Stopping
 from serve.scheduler import Sequence as Wanted
 from serve.text import Text
 from stages.errors import UserError
-from stages.generation import CannotRunHere, provider, read_config
+from stages.generation import CannotRunHere, adapters_of, provider, read_config
 from stages.reading import Missing, json_object
-
-BASE = "base"  # the name of the model without an adapter
 
 
 @dataclass
@@ -48,12 +48,12 @@ class Engine:
     def __init__(self, folder: Path, settings: Settings) -> None:
         if (name := provider(folder)) != "cpu":
             raise CannotRunHere(f"{folder} is for {name}; olivepress serve runs models for the cpu")
+        adapters_of(folder)  # says what is wrong with a name at once
         self.folder, self.settings = folder, settings
         self.context = min(settings.context, context_length(folder))
         self.text = Text(folder)
         self.batch = Batch(folder, settings.slots, self.context)
         self.adapters = Shelf(folder, self.batch.parameters, settings.adapters)
-        self.adapters.paths()  # says what is wrong with a name at once
         self.scheduler = Scheduler(self.batch, settings.waiting)
         self.created = int(time.time())
 
@@ -96,16 +96,13 @@ class Engine:
         room = self.context - len(prompt)
         return room if asked is None else min(asked, room)
 
-    def sampler(self, request: Sampling, index: int, told: int | None) -> Sampler:
-        bias = {}
-        for key, value in request.logit_bias.items():
+    def bias(self, request: Sampling) -> tuple[np.ndarray, np.ndarray]:
+        """`logit_bias` as tokens and values."""
+        for key in request.logit_bias:
             if not (key.isascii() and key.isdigit() and int(key) < self.batch.vocabulary):
-                raise ApiError(400, f"logit_bias: {key[:20]!r} is no token", "logit_bias")
-            bias[int(key)] = value
-        return Sampler(
-            request.temperature, request.top_p, request.presence_penalty,
-            request.frequency_penalty, bias, request.seed, index, told,
-        )  # fmt: skip
+                raise ApiError(400, f"logit_bias: {key!r} is no token", "logit_bias")
+        tokens = np.array([int(key) for key in request.logit_bias], np.int64)
+        return tokens, np.array([*request.logit_bias.values()], np.float32)
 
     def begin(
         self,
@@ -120,20 +117,24 @@ class Engine:
         Raises:
             ApiError: too many wait, or the server ends.
         """
-        ongoing = Ongoing(self.scheduler)
+        count = request.n * len(prompts)
+        if count > self.settings.slots + self.settings.waiting:
+            raise ApiError(400, f"n: {count} answers are more than may wait", "n")
+        ongoing, bias = Ongoing(self.scheduler), self.bias(request)
         for at, (prompt, tokens) in enumerate(zip(prompts, most, strict=True)):
             for number in range(request.n):
                 index = at * request.n + number
                 writer = self.text.writer(request.stops)
-                sampler = self.sampler(request, index, told)
+                sampler = Sampler(
+                    request.temperature, request.top_p, request.presence_penalty,
+                    request.frequency_penalty, bias, request.seed, index, told,
+                )  # fmt: skip
                 ongoing.wanted.append(
                     Wanted(
                         index, prompt, adapter, sampler, writer, self.text.stops, tokens,
                         ongoing.tell,
                     )
                 )  # fmt: skip
-        if len(ongoing.wanted) > self.settings.slots + self.settings.waiting:
-            raise ApiError(400, f"n: {len(ongoing.wanted)} answers are more than may wait", "n")
         try:
             self.scheduler.submit(ongoing.wanted)
         except Busy:

@@ -7,7 +7,7 @@ has.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -37,7 +37,13 @@ AS_IT_IS: dict[str, list[Any]] = {
 }
 UNSUPPORTED = {*AS_IT_IS, "audio", "function_call", "reasoning_effort", "web_search_options"}
 TOKENS = 1 << 20
+PROMPTS, MESSAGES, BIASES = 256, 4096, 1024
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+Tokens = Annotated[list[int], Field(max_length=TOKENS, fail_fast=True)]
+Many = TypeVar("Many")
+Few = Annotated[list[Many], Field(max_length=PROMPTS, fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -61,7 +67,10 @@ class Sampling(Strict):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(max_length=8)], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=BIASES),
+    ] = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -79,6 +88,12 @@ class Sampling(Strict):
         for name in values.keys() - cls.model_fields.keys():
             raise ApiError(400, f"Unrecognized request argument: {name[:80]}", name[:80])
         return values
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options: needs stream to be true", "stream_options")
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -125,7 +140,7 @@ class Message(Strict):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=TOKENS)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -140,7 +155,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[str | Few[str] | Tokens | Few[Tokens], Field(union_mode="left_to_right")]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+COLDEST = 1e-5  # below it the likeliest token is taken, as at 0
 CANDIDATES = 256  # likeliest tokens that are sorted first; top_p seldom needs more
 
 
@@ -19,6 +20,10 @@ class Choice:
     """The likeliest tokens with their logarithms of probability, best first."""
 
 
+def no_bias() -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(0, np.int64), np.empty(0, np.float32)
+
+
 @dataclass
 class Sampler:
     """Chooses the tokens of one answer.
@@ -30,7 +35,8 @@ class Sampler:
     top_p: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    bias: dict[int, float] = field(default_factory=dict)
+    bias: tuple[np.ndarray, np.ndarray] = field(default_factory=no_bias)
+    """Tokens, and what is added to their scores."""
     seed: int | None = None
     index: int = 0
     """Which of the answers to one request: the same seed gives each another sequence."""
@@ -49,12 +55,16 @@ class Sampler:
             logits: float32 (vocabulary,); not changed.
         """
         scores = logits
-        if self.bias or (self._counts and (self.presence_penalty or self.frequency_penalty)):
+        if not np.isfinite(scores.max()):
+            raise ValueError("its scores are no numbers")
+        if len(self.bias[0]) or (
+            self._counts and (self.presence_penalty or self.frequency_penalty)
+        ):
             scores = self._adjusted(logits)
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             token = int(scores.argmax())
         else:
-            token = self._draw(scores / np.float32(self.temperature))
+            token = self._draw((scores - scores.max()) / np.float64(self.temperature))
         if self.presence_penalty or self.frequency_penalty:
             self._counts[token] = self._counts.get(token, 0) + 1
         if self.top_logprobs is None:
@@ -63,8 +73,8 @@ class Sampler:
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
         scores = logits.copy()
-        for token, bias in self.bias.items():
-            scores[token] += bias
+        tokens, values = self.bias
+        scores[tokens] += values
         for token, count in self._counts.items():
             scores[token] -= self.frequency_penalty * count + self.presence_penalty
         return scores
@@ -72,9 +82,11 @@ class Sampler:
     def _draw(self, scores: np.ndarray) -> int:
         """One token by its probability, of the fewest likeliest that together have `top_p`.
 
+        The highest of `scores`, float64, is 0.
+
         Nucleus sampling: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
         """
-        weights = np.exp(scores - scores.max(), dtype=np.float64)
+        weights = np.exp(scores)
         if self.top_p < 1:
             chosen = _nucleus(weights, self.top_p)
             weights = weights[chosen]

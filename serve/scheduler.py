@@ -120,7 +120,7 @@ class Scheduler:
             Busy, Stopping.
         """
         with self._changed:
-            if self._stopping:
+            if self._stopping or not self._thread.is_alive():
                 raise Stopping
             if len(self._waiting) + len(sequences) > self.most_waiting + len(self._free):
                 raise Busy
@@ -214,7 +214,11 @@ class Scheduler:
         """Add a token to each, and tell those who wait for it."""
         told: dict[Callable, list[Piece]] = {}
         for one, scores in zip(sequences, logits, strict=True):
-            piece = self._next(one, scores)
+            try:
+                piece = self._next(one, scores)
+            except Exception as error:
+                self._fail([one], error)
+                continue
             told.setdefault(one.tell, []).append(piece)
             if piece.finish:
                 self._leave(one)

@@ -44,7 +44,6 @@ class Text:
             raise UserError(f"{path}: cannot be loaded: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocabulary = self._tokenizer.get_vocab_size()
         self._special, self._chat = _template(folder)
         self.taught = self._taught(folder)
 
@@ -119,7 +118,12 @@ class Writer:
 
     def add(self, token: int) -> str:
         """What can be given out now that `token` has come."""
-        return self._given(self._stream.step(self._tokenizer, token) or "")
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception:  # bytes that are no text, of a tokenizer that has a token for each
+            self._stream = DecodeStream(skip_special_tokens=True)
+            text = self._stream.step(self._tokenizer, token)
+        return self._given(text or "")
 
     def _given(self, text: str) -> str:
         if not self._stops:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.adapters import IDLE_STEPS, Adapter, Shelf, Together, padded
+from serve.adapters import IDLE_STEPS, Adapter, Parameter, Shelf, Together, padded
 from serve.batch import CHUNK, Batch, Row
 from serve.engine import context_length
 from serve.sampling import Sampler
@@ -64,7 +64,12 @@ def test_top_p_draws_from_the_fewest_that_have_it(top_p: float) -> None:
 def test_penalties_and_bias() -> None:
     """score + bias - frequency * count - presence * (count > 0), and its probability is told."""
     scores = np.array([2.0, 1.93, 1.81, 0.0], np.float32)
-    sampler = Sampler(presence_penalty=0.05, frequency_penalty=0.1, bias={3: 1.95}, top_logprobs=4)
+    sampler = Sampler(
+        presence_penalty=0.05,
+        frequency_penalty=0.1,
+        bias=(np.array([3]), np.array([1.95], np.float32)),
+        top_logprobs=4,
+    )
     now = scores + np.array([0, 0, 0, 1.95], np.float32)
     for _ in range(8):
         choice = sampler.choose(scores)
@@ -161,7 +166,10 @@ def test_a_sequence_that_moves_goes_on(package: Path) -> None:
 
 def test_adapters_together() -> None:
     """A side by side and B below each other; one that is idle for long makes room."""
-    shapes = {"p.lora_A": [4, "rank"], "p.lora_B": ["rank", 6]}
+    shapes = {
+        "p.lora_A": Parameter((4, "rank"), np.dtype("float32")),
+        "p.lora_B": Parameter(("rank", 6), np.dtype("float32")),
+    }
     rng = np.random.default_rng(0)
 
     def make(name: str, rank: int) -> Adapter:
@@ -198,10 +206,10 @@ def test_only_so_many_adapters_stay_in_memory(package: Path, labs: Callable[[str
     for seed in range(3):
         path = another_adapter(labs("phi3"), package.parent / f"x{seed}.onnx_adapter", seed)
         shelf.add(f"x{seed}", path)
-    assert [each.name for each in shelf.loaded()] == ["x1", "x2"]
+    assert shelf.loaded() == ["x1", "x2"]
     assert shelf.get("x1") is shelf.get("x1")
     shelf.get("x0")
-    assert [each.name for each in shelf.loaded()] == ["x1", "x0"]
+    assert shelf.loaded() == ["x1", "x0"]
 
 
 class Counting:

@@ -147,8 +147,10 @@ def served(package: Path, size: str) -> Iterator[tuple[str, int]]:
     assert process.stdout
     try:
         said = ""
-        while not said.endswith("}\n"):
-            said += process.stdout.readline()
+        for line in process.stdout:
+            said += line
+            if line == "}\n":
+                break
         yield json.loads(said)["url"], process.pid
     finally:
         process.terminate()

@@ -38,6 +38,7 @@ class Answer:
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
         self.made = [0] * self.choices
+        self._said = [0] * self.choices
 
     def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -64,7 +65,8 @@ class Answer:
         async for piece in pieces:
             self.count(piece)
             texts[piece.index] += piece.text
-            chosen[piece.index].append(piece)
+            if self.logprobs:
+                chosen[piece.index].append(piece)
             finish[piece.index] = piece.finish or finish[piece.index]
         choices = []
         for index, text in enumerate(texts):
@@ -130,19 +132,27 @@ class Answer:
                 ],
                 "refusal": None,
             }
+        offsets = []
+        for piece in pieces:
+            if piece.choice:
+                offsets.append(self._said[piece.index])
+                self._said[piece.index] += len(self.text.token(piece.choice.token)[0])
         return {
-            "tokens": [self.text.token(one.token) for one in chosen],
+            "tokens": [self.text.token(one.token)[0] for one in chosen],
             "token_logprobs": [one.logprob for one in chosen],
-            "top_logprobs": [{self.text.token(t): p for t, p in one.top} for one in chosen],
-            "text_offset": [],
+            "top_logprobs": [
+                {self.text.token(t)[0]: p for t, p in (*one.top, (one.token, one.logprob))}
+                for one in chosen
+            ],
+            "text_offset": offsets,
         }
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.text.token(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
+        text, data = self.text.token(token)
+        return {"token": text, "logprob": logprob, "bytes": list(data)}
 
 
 def event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return b"data: " + text.encode() + b"\n\n"

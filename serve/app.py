@@ -8,31 +8,39 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
+from serve import about
 from serve.adapters import BASE
 from serve.answers import Answer
 from serve.engine import Engine, Ongoing
 from serve.errors import ApiError
 from serve.gate import Gate
-from serve.metrics import CONTENT_TYPE, Metrics
-from serve.requests import ChatRequest, CompletionRequest, LoadAdapter, Sampling, UnloadAdapter
-from stages.errors import UserError
+from serve.metrics import Metrics
+from serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    LoadAdapter,
+    Message,
+    Sampling,
+    TextPart,
+    UnloadAdapter,
+)
 
 log = logging.getLogger("olivepress.serve")
-PAGE = Path(__file__).with_name("page.html")
-# The page has its style and script in it, and asks nobody but this server.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-POLICY += (
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+
+
+FIELDS = {
+    name
+    for kind in (ChatRequest, CompletionRequest, Message, TextPart, LoadAdapter, UnloadAdapter)
+    for name in kind.model_fields
+}
 
 
 @dataclass
@@ -69,8 +77,8 @@ def create_app(engine: Engine, key: str | None = None, hosts: set[str] | None = 
     )
     _errors(app)
     _answers(app, engine, metrics)
-    _adapters(app, engine)
-    _about(app, engine, metrics)
+    about.adapters(app, engine)
+    about.about(app, engine, metrics)
     return app
 
 
@@ -97,7 +105,9 @@ def _errors(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             refused = ApiError(400, "The body is not JSON: " + str(first["ctx"]["error"]))
         else:
-            param = ".".join(str(part) for part in first["loc"][1:])
+            # Without the names of the forms that a value may have.
+            loc = [part for part in first["loc"][1:] if isinstance(part, int) or part in FIELDS]
+            param = ".".join(str(part) for part in loc) or "the body"
             refused = ApiError(400, f"{param}: {first['msg']}", param[:100], "invalid_value")
         return JSONResponse(refused.body(), refused.status)
 
@@ -154,9 +164,10 @@ async def _answered(
 ) -> Response:
     """The response to a request, whole or as a stream; counted either way."""
     started = time.monotonic()
-    model = body.model if body.model in engine.models() else "unknown"
+    model = "unknown"
     try:
         adapter = await engine.adapter(body.model)
+        model = body.model
         wanted = await prompted()
         ongoing = engine.begin(body, wanted.prompts, adapter, wanted.most, wanted.told)
     except ApiError as error:
@@ -222,77 +233,3 @@ async def _counted(
             "%s %s: %d + %d tokens in %.2f s", answer.model, status, answer.prompt_tokens,
             sum(answer.made), seconds,
         )  # fmt: skip
-
-
-def _adapters(app: FastAPI, engine: Engine) -> None:
-    def model(name: str) -> dict[str, Any]:
-        loaded = engine.adapters.loaded()
-        return {
-            "id": name,
-            "object": "model",
-            "created": engine.created,
-            "owned_by": "olivepress",
-            "parent": None if name == BASE else BASE,
-            "loaded": name == BASE or name in loaded,
-            "max_model_len": engine.context,
-        }
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model(name) for name in engine.models()]}
-
-    @app.get("/v1/models/{name}")
-    async def one(name: str) -> dict[str, Any]:
-        if name not in engine.models():
-            raise ApiError(
-                404, f"The model {name[:80]!r} does not exist", "model", "model_not_found"
-            )
-        return model(name)
-
-    @app.post("/v1/load_lora_adapter")
-    async def load(body: LoadAdapter) -> dict[str, Any]:
-        try:
-            await asyncio.to_thread(engine.adapters.add, body.lora_name, Path(body.lora_path))
-        except UserError as error:
-            raise ApiError(400, str(error), "lora_path") from None
-        return model(body.lora_name)
-
-    @app.post("/v1/unload_lora_adapter")
-    async def unload(body: UnloadAdapter) -> dict[str, Any]:
-        try:
-            engine.adapters.remove(body.lora_name)
-        except KeyError:
-            raise ApiError(
-                404, f"there is no adapter {body.lora_name[:80]!r}", "lora_name", "model_not_found"
-            ) from None
-        return {"id": body.lora_name, "object": "model", "deleted": True}
-
-
-def _about(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
-    def file(name: str) -> str:
-        try:
-            return (engine.folder / name).read_text("utf-8", "replace")
-        except OSError:
-            raise ApiError(404, f"This model has no {name}") from None
-
-    @app.get("/healthz")
-    async def healthz() -> JSONResponse:
-        well = engine.scheduler.alive
-        return JSONResponse({"status": "ok" if well else "failed"}, 200 if well else 503)
-
-    @app.get("/metrics")
-    async def prometheus() -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
-
-    @app.get("/card")
-    async def card() -> PlainTextResponse:
-        return PlainTextResponse(file("README.md"), media_type="text/markdown")
-
-    @app.get("/lineage")
-    async def lineage() -> Response:
-        return Response(file("lineage.json"), media_type="application/json")
-
-    @app.get("/")
-    async def page() -> HTMLResponse:
-        headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-        return HTMLResponse(PAGE.read_text("utf-8"), headers=headers)

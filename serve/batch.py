@@ -62,16 +62,16 @@ class Batch:
         self.vocabulary = int(outputs["logits"].shape[-1])
         self._dtype = TYPES[outputs["logits"].type]
         self._own = _rows_input(folder)
+        if optional and self._own not in optional:
+            raise UserError(
+                f"{folder}: exported by an earlier version, whose adapters cannot share a batch; "
+                "olivepress run exports it again"
+            )
         self.parameters = {
             name: Parameter(tuple(it.shape), np.dtype(TYPES[it.type]))
             for name, it in optional.items()
             if name != self._own
         }
-        if self.parameters and self._own not in optional:
-            raise UserError(
-                f"{folder}: exported by an earlier version, whose adapters cannot share a batch; "
-                "olivepress run exports it again"
-            )
         self._rows = self._session.io_binding()
         self._reading: dict[int, int] = {}
         self._bound: tuple[int, Any] | None = None

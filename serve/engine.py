@@ -18,7 +18,7 @@ from serve.requests import Sampling
 from serve.sampling import Sampler
 from serve.scheduler import Busy, Piece, Scheduler, Stopping
 from serve.scheduler import Sequence as Wanted
-from serve.text import Text
+from serve.text import Text, too_long
 from stages.errors import UserError
 from stages.generation import CannotRunHere, adapters_of, provider, read_config
 from stages.reading import Missing, json_object
@@ -51,7 +51,7 @@ class Engine:
         adapters_of(folder)  # says what is wrong with a name at once
         self.folder, self.settings = folder, settings
         self.context = min(settings.context, context_length(folder))
-        self.text = Text(folder)
+        self.text = Text(folder, self.context)
         self.batch = Batch(folder, settings.slots, self.context)
         self.adapters = Shelf(folder, self.batch.parameters, settings.adapters)
         self.scheduler = Scheduler(self.batch, settings.waiting)
@@ -86,13 +86,7 @@ class Engine:
         if not prompt:
             raise ApiError(400, f"{param}: is empty", param)
         if len(prompt) >= self.context:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {self.context} tokens; the prompt has "
-                f"{len(prompt)}, and an answer needs at least one",
-                param,
-                "context_length_exceeded",
-            )
+            raise too_long(self.context, f"{len(prompt)}")
         room = self.context - len(prompt)
         return room if asked is None else min(asked, room)
 

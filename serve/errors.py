@@ -9,11 +9,7 @@ from typing import Any
 
 from stages.errors import printable
 
-TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-}
+TYPES = {429: "rate_limit_error"}
 
 
 class ApiError(Exception):

@@ -61,8 +61,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def configured(engine: Engine, bound: socket.socket, on_start: Callable[[], None]) -> Server:
     """The server for a socket of `listen`, ready to run."""
-    hosts = LOOPBACK if bound.getsockname()[0] in LOOPBACK else None
-    app = create_app(engine, os.environ.get(KEY), hosts)
+    key = os.environ.get(KEY)
+    # A page of another host cannot have the key, and a proxy asks under its own name.
+    hosts = LOOPBACK if bound.getsockname()[0] in LOOPBACK and not key else None
+    app = create_app(engine, key, hosts)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS,
         server_header=False, lifespan="on", ws="none",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,39 @@ PROBE = "\N{OBJECT REPLACEMENT CHARACTER}"  # a question that no template has in
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
+def too_long(context: int, has: str) -> ApiError:
+    """The API's error for a prompt that the model does not take."""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {context} tokens; the prompt has {has}, "
+        "and an answer needs at least one token",
+        code="context_length_exceeded",
+    )
+
+
+def _byte_of() -> dict[str, int]:
+    """GPT-2's letters for bytes (`bytes_to_unicode` of its encoder.py), the other way round."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = [*map(chr, shown), *(chr(256 + at) for at in range(len(hidden)))]
+    return dict(zip(letters, [*shown, *hidden], strict=True))
+
+
+BYTE_OF = _byte_of()
+
+
 class Text:
     """What a package says of its text.
+
+    Args:
+        context: tokens that the model takes.
 
     Raises:
         UserError: a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, context: int) -> None:
+        self._context = context
         config = read_config(folder)["model"]
         eos = config.get("eos_token_id", [])
         self.stops = frozenset([eos] if isinstance(eos, int) else eos)
@@ -44,6 +71,8 @@ class Text:
             raise UserError(f"{path}: cannot be loaded: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._longest = max(map(len, vocabulary), default=1)
         self._special, self._chat = _template(folder)
         self.taught = self._taught(folder)
 
@@ -67,7 +96,12 @@ class Text:
 
         Args:
             special: let the tokenizer add what it puts around a text, such as a first token.
+
+        Raises:
+            ApiError: it has more tokens than the model takes, whatever they are; or it is no text.
         """
+        if len(text) > self._longest * self._context:  # the tokenizer would stop all others
+            raise too_long(self._context, f"{len(text)} characters")
         try:
             return self._tokenizer.encode(text, add_special_tokens=special).ids
         except (UnicodeEncodeError, TypeError):
@@ -95,9 +129,16 @@ class Text:
             return self.taught.replace("{prompt}", messages[0]["content"])
         return self.chat(messages)
 
-    def token(self, number: int) -> str:
-        """The text of one token, for those who want probabilities."""
-        return self._tokenizer.decode([number], skip_special_tokens=False)
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019
+    def token(self, number: int) -> tuple[str, bytes]:
+        """The text of one token, and its bytes, which may be a part of a character."""
+        text = self._tokenizer.decode([number], skip_special_tokens=False)
+        piece = self._tokenizer.id_to_token(number) or ""
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # byte fallback
+            return text, bytes([int(found[1], 16)])
+        if "\ufffd" in text and all(letter in BYTE_OF for letter in piece):
+            return text, bytes(BYTE_OF[letter] for letter in piece)
+        return text, text.encode("utf-8", "replace")
 
     def writer(self, stops: Sequence[str]) -> Writer:
         return Writer(self._tokenizer, stops)

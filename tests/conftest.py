@@ -87,6 +87,7 @@ def typed(*args: str, cwd: Path, **env: str) -> Result:
     return done
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares costly fixtures stays in one process when two run tests; the longest goes first.
 

@@ -72,7 +72,7 @@ def test_models_are_the_base_and_each_adapter(url: str) -> None:
 def test_answers_are_those_of_genai(url: str, package: Path, model: str) -> None:
     """The same tokens as onnxruntime-genai's own generator on the same files, with each adapter."""
     adapter = None if model == "base" else model
-    session, writer = Session(package), Text(package).writer([])
+    session, writer = Session(package), Text(package, 256).writer([])
     tokens = session.tokens(session.encode(session.render("Hello")), adapter, 30)
     expected = "".join(map(writer.add, tokens))
     answer = ask(url, model=model, max_tokens=30)

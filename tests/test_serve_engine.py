@@ -330,19 +330,19 @@ def test_text_of_a_custom_template(package: Path, tmp_path: Path) -> None:
     folder = tmp_path / "package"
     shutil.copytree(package, folder)
     said = [{"role": "user", "content": "Where?"}]
-    assert Text(folder).taught is None
+    assert Text(folder, 256).taught is None
     (folder / "olivepress.json").write_text(json.dumps({"prompt_template": "Q: {prompt}\nA:"}))
-    text = Text(folder)
+    text = Text(folder, 256)
     assert text.conversation(said, adapted=True) == "Q: Where?\nA:"
     assert text.conversation(said, adapted=False) == "<|user|>Where?<|end|><|assistant|>"
     assert text.conversation([*said, *said], adapted=True).startswith("<|user|>")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
     with pytest.raises(Exception, match="no such role"):
-        Text(folder).chat(said)
+        Text(folder, 256).chat(said)
     for damaged in ("{% if %}", "{{ ''.__class__.__mro__ }}"):
         (folder / "chat_template.jinja").write_text(damaged)
         with pytest.raises(Exception, match="template"):
-            Text(folder).chat(said)
+            Text(folder, 256).chat(said)
 
 
 def test_longrope_is_served_up_to_its_first_length(package: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ demo: install  ## the whole pipeline on the built-in model, then one question wi
 	@$(BIN)/olivepress demo
 
 test: install  ## everything but what takes minutes
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest
 
 test-long: install  ## that too: sweeps in bad weather
 	$(BIN)/pytest -m long

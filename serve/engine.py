@@ -86,7 +86,7 @@ class Engine:
         if not prompt:
             raise ApiError(400, f"{param}: is empty", param)
         if len(prompt) >= self.context:
-            raise too_long(self.context, f"{len(prompt)}")
+            raise too_long(self.context, f"{len(prompt)}", param)
         room = self.context - len(prompt)
         return room if asked is None else min(asked, room)
 

@@ -24,13 +24,14 @@ PROBE = "\N{OBJECT REPLACEMENT CHARACTER}"  # a question that no template has in
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def too_long(context: int, has: str) -> ApiError:
+def too_long(context: int, has: str, param: str | None = None) -> ApiError:
     """The API's error for a prompt that the model does not take."""
     return ApiError(
         400,
         f"This model's maximum context length is {context} tokens; the prompt has {has}, "
         "and an answer needs at least one token",
-        code="context_length_exceeded",
+        param,
+        "context_length_exceeded",
     )
 
 

@@ -87,19 +87,6 @@ def typed(*args: str, cwd: Path, **env: str) -> Result:
     return done
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares costly fixtures stays in one process when two run tests; the longest goes first.
-
-    A file is one piece; those that use the whole lab are one together, for it is made once.
-    """
-    uses_lab = {it.path for it in items if "lab" in getattr(it, "fixturenames", ())}
-    for item in items:
-        group = "lab" if item.path in uses_lab else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path not in uses_lab)  # stable: files keep their order
-
-
 def hears_ctrl_c() -> None:
     """For a child process: undo that a job in the background of a script ignores SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

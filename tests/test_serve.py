@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -168,11 +169,26 @@ def test_logprobs_and_bias(url: str) -> None:
     for each in tokens:
         assert each["top_logprobs"][0]["logprob"] == each["logprob"] < 0  # the likeliest was chosen
         assert len(each["top_logprobs"]) == 3
-    banned = {str(ord("a")): -100}
-    assert ask(url, logit_bias=banned).status_code == 200
-    old = {"model": "base", "prompt": "a", "logprobs": 2, "max_tokens": 3, "temperature": 0}
+    first = next(each for each in tokens if len(each["bytes"]) == 1)["bytes"][0]
+    assert all(len(each["bytes"]) == 1 for each in tokens)  # this tokenizer has one a byte
+    ids = {str(4 + at): -100 for at in range(256)}
+    other = ask(url, logprobs=True, max_tokens=1, logit_bias=ids).json()["choices"][0]
+    assert first not in [
+        byte for each in other["logprobs"]["content"] for byte in each["bytes"][:1]
+    ]
+    old = {
+        "model": "base",
+        "prompt": "a",
+        "logprobs": 2,
+        "max_tokens": 3,
+        "temperature": 1,
+        "seed": 1,
+    }
     told = httpx.post(f"{url}/v1/completions", json=old).json()["choices"][0]["logprobs"]
     assert len(told["tokens"]) == len(told["token_logprobs"]) == 3
+    assert told["text_offset"] == [sum(map(len, told["tokens"][:at])) for at in range(3)]
+    for token, alternatives in zip(told["tokens"], told["top_logprobs"], strict=True):
+        assert token in alternatives
 
 
 REFUSED: list[tuple[dict[str, Any], int, str | None]] = [
@@ -192,6 +208,9 @@ REFUSED: list[tuple[dict[str, Any], int, str | None]] = [
     ({"max_tokens": 1.5}, 400, "max_tokens"),
     ({"n": 0}, 400, "n"),
     ({"n": 128}, 400, "n"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ({"messages": [{"role": "user", "content": "x" * 100_000}]}, 400, None),
+    ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content"),
     ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop"),
     ({"seed": 1 << 70}, 400, "seed"),
     ({"stream": "yes"}, 400, "stream"),
@@ -240,6 +259,7 @@ BODIES = [
     (b'{"model": NaN}', 400, "model"),
     (b'{"model": "base", "messages": [{"role": "user", "content": "\xff"}]}', 400, ""),
     (b"x" * (50 << 20), 413, "bytes"),
+    (b'{"model": "base", "messages": [' + b"5," * 500_000 + b"5]}", 400, "messages"),
 ]
 
 
@@ -294,6 +314,20 @@ def test_adapters_come_and_go(package: Path, labs: Callable[[str], Lab], tmp_pat
                 f"{url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)}
             )
             refusal(sent, 400)
+        load = {"lora_name": "extra", "lora_path": str(extra)}
+        again = httpx.post(f"{url}/v1/load_lora_adapter", json=load)
+        assert again.status_code == 200 and text_of(ask(url, model="extra")) == added
+        for path in ("a\0.onnx_adapter", "/dev/zero.onnx_adapter"):
+            load = {"lora_name": "odd", "lora_path": path}
+            refusal(httpx.post(f"{url}/v1/load_lora_adapter", json=load), 400)
+        os.mkfifo(tmp_path / "pipe.onnx_adapter")
+        load = {"lora_name": "odd", "lora_path": str(tmp_path / "pipe.onnx_adapter")}
+        refusal(httpx.post(f"{url}/v1/load_lora_adapter", json=load), 400)
+        assert "odd" not in state()
+        for name in ("no name.onnx_adapter", "base.onnx_adapter"):  # left out, and harm nobody
+            shutil.copy(extra, folder / "adapters" / name)
+        (folder / "adapters/link.onnx_adapter").symlink_to(extra)
+        assert set(state()) == {"base", "dropped", "extra", "one", "two"}
         (folder / "adapters/bad.onnx_adapter").write_bytes(b"nothing")
         assert "bad.onnx_adapter" in refusal(ask(url, model="bad"), 500)["message"]
         assert text_of(ask(url, model="two"))
@@ -378,9 +412,9 @@ def test_a_client_that_goes_away_frees_its_slot(package: Path) -> None:
 
 def test_one_who_reads_slowly_stops_nobody(package: Path) -> None:
     """A client that takes nothing from its socket: others are answered meanwhile."""
-    with slow(package, 0.005, slots=2, waiting=4) as (url, engine):
+    with slow(package, 0.005, slots=4, waiting=4) as (url, engine):
         host, _, port = url.removeprefix("http://").partition(":")
-        much = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 200}
+        much = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 200, "n": 2}
         body = json.dumps(HELLO | much).encode()
         with socket.socket() as mute:
             mute.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -388,7 +422,7 @@ def test_one_who_reads_slowly_stops_nobody(package: Path) -> None:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             mute.sendall(head.encode() + body)
-            eventually(lambda: engine.scheduler.running == 1)
+            eventually(lambda: engine.scheduler.running == 2)
             assert ask(url, max_tokens=20).status_code == 200
             eventually(
                 lambda: engine.scheduler.running == 0

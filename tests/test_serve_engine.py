@@ -9,18 +9,22 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
-from serve.adapters import IDLE_STEPS, Adapter, Parameter, Shelf, Together, padded
+from serve.adapters import IDLE_STEPS, Adapter, Parameter, Shelf, Together, padded, read
 from serve.batch import CHUNK, Batch, Row
 from serve.engine import context_length
 from serve.sampling import Sampler
 from serve.scheduler import Busy, Piece, Scheduler, Sequence, Stopping
 from serve.text import Text, Writer
+from stages.errors import UserError
 from tests.serving import another_adapter, eventually, make_package
 
 if TYPE_CHECKING:
@@ -239,7 +243,7 @@ class Counting:
         return np.stack([self._scores(row.token) for row in rows])
 
     def reading(self, lengths: dict[int, int]) -> None:
-        pass
+        self.calls.append(("reading", lengths))
 
     def move(self, slot: int, to: int, length: int) -> None:
         self.calls.append(("move", (slot, to, length)))
@@ -280,6 +284,8 @@ def test_a_long_prompt_does_not_stop_others() -> None:
     ]
     assert len(parts) == 3
     assert all("step" in kinds[a:b] for a, b in itertools.pairwise(parts))
+    told = [what for kind, what in model.calls if kind == "reading" and what]
+    assert told[:2] == [{1: CHUNK}, {1: 2 * CHUNK}]
     assert [piece.choice.token for piece in short if piece.choice] == [2, 3, 4, 5, 6, 7]
     scheduler.stop()
 
@@ -306,16 +312,31 @@ def test_few_rows_lie_close_together() -> None:
 def test_order_bound_failure_and_end() -> None:
     """First come first served; beyond the bound Busy; a failing step ends its own; then no more."""
     model = Counting()
+    order: list[int] = []
     got: list[list[Piece]] = [[] for _ in range(5)]
+
+    def tells(number: int) -> Callable[[list[Piece]], None]:
+        def tell(pieces: list[Piece]) -> None:
+            order.append(number)
+            got[number].extend(pieces)
+
+        return tell
+
+    asked = [wanted([1000 * (i + 1)], 3, []) for i in range(4)]
+    for number, one in enumerate(asked):
+        one.tell = tells(number)
     scheduler = Scheduler(model, 2)
-    scheduler.submit([wanted([1000 * (i + 1)], 3, got[i]) for i in range(4)])  # two run, two wait
+    scheduler.submit(asked)  # two run, two wait
     with pytest.raises(Busy):
-        scheduler.submit([wanted([5], 1, got[4])])
+        scheduler.submit([wanted([5], 1, [])])
     model.go.release(1000)
     eventually(lambda: len(got[3]) == 3)
-    assert [[piece.choice.token % 1000 for piece in one if piece.choice] for one in got[:4]] == [
-        [1, 2, 3]
-    ] * 4
+    assert list(dict.fromkeys(order)) == [0, 1, 2, 3]
+    for number in range(4):
+        said = [piece.choice.token for piece in got[number] if piece.choice]
+        assert said == [1000 * (number + 1) + 1 + step for step in range(3)]
+    eventually(lambda: scheduler.running == 0)
+    assert sorted(what for kind, what in model.calls if kind == "free") == [0, 0, 1, 1]
     scheduler.submit([wanted([10], 9, got[4])])
     eventually(lambda: got[4] and got[4][-1].error is not None)
     assert "thirteen" in str(got[4][-1].error)
@@ -323,6 +344,106 @@ def test_order_bound_failure_and_end() -> None:
     scheduler.stop()
     with pytest.raises(Stopping):
         scheduler.submit([wanted([1], 1, [])])
+
+
+def test_what_fails_for_one_sequence_ends_it_alone() -> None:
+    """A sampler or a writer that raises: an error for that one, and the others go on."""
+    model, good, bad = Counting(), [], []  # type: ignore[var-annotated]
+    model.go.release(1000)
+    scheduler = Scheduler(model, 2)
+    broken = wanted([50], 9, bad)
+    broken.writer.add = mock.Mock(side_effect=ValueError("no text"))  # type: ignore[method-assign]
+    scheduler.submit([broken, wanted([100], 5, good)])
+    eventually(lambda: len(good) == 5 and bad)
+    assert bad[-1].finish == "error" and "no text" in str(bad[-1].error)
+    assert scheduler.alive
+    scheduler.stop()
+
+
+def test_scores_that_are_no_numbers_are_an_error() -> None:
+    for scores in (np.full(5, np.nan, np.float32), np.full(5, np.inf, np.float32)):
+        with pytest.raises(ValueError, match="no numbers"):
+            Sampler().choose(scores)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-38, 1e-6, 1e-3])
+def test_cold_is_the_likeliest(temperature: float) -> None:
+    assert Sampler(temperature, top_p=0.9, seed=0).choose(LOGITS).token == int(LOGITS.argmax())
+
+
+def test_tokens_that_are_bytes() -> None:
+    """With a token for each byte, as Llama has, any sequence of them has a text."""
+    pieces = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581a", "b"]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={it: i for i, it in enumerate(pieces)}, merges=[], byte_fallback=True)
+    )
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    text = "é = ü"
+    said = Writer(tokenizer, [])
+    assert "".join(said.add(2 + byte) for byte in text.encode()) == text
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        writer = Writer(tokenizer, [])
+        for token in random.integers(2, len(pieces), 12):
+            assert isinstance(writer.add(int(token)), str)
+
+
+WRONG = {
+    "nothing": ({}, "no parameters"),
+    "NaN": ({"A": np.nan}, "no numbers"),
+    "inf": ({"B": np.inf}, "no numbers"),
+    "half": ({"dtype": np.float16}, "float16"),
+    "alone": ({"only": "A"}, "no .*lora_B"),
+    "ranks": ({"rank": 3}, "of its rank"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
+def test_an_adapter_that_would_harm_is_refused(
+    package: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    parameters = Batch(package, 1, 16).parameters
+    name = next(iter(sorted(parameters))).removesuffix("A")
+    sizes = {key: parameters[name + key].shape for key in "AB"}
+    arrays = {
+        name + "A": np.ones((sizes["A"][0], 2), change.get("dtype", np.float32)),
+        name + "B": np.ones(
+            (change.get("rank", 2), sizes["B"][1]), change.get("dtype", np.float32)
+        ),
+    }
+    for key in "AB":
+        if key in change:
+            arrays[name + key][0, 0] = change[key]
+    if "only" in change:
+        del arrays[name + "B"]
+    if not change:
+        arrays = {}
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters({k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in arrays.items()})
+    path = tmp_path / "x.onnx_adapter"
+    adapter.export_adapter(str(path))
+    with pytest.raises(UserError, match=words):
+        read("x", path, parameters)
+
+
+def test_what_overflows_in_one_adapter_stays_in_its_rows(package: Path) -> None:
+    batch = Batch(package, 2, 64)
+    one = Shelf(package, batch.parameters, kept=2).get("one")
+    huge = {k: v * 1e38 if k.endswith("A") else v for k, v in one.arrays.items()}
+    bad = Adapter("bad", one.path, one.rank, huge)
+    ids = [5, 6, 7]
+    batch.read(0, ids, 0, one)
+    alone = batch.step([Row(0, 8, 3, one)])[0]
+    batch.read(0, ids, 0, one)
+    batch.read(1, ids, 0, bad)
+    beside = batch.step([Row(0, 8, 3, one), Row(1, 8, 3, bad)])
+    np.testing.assert_allclose(beside[0], alone, atol=2e-4)
+    assert not np.isfinite(beside[1]).all()
 
 
 def test_text_of_a_custom_template(package: Path, tmp_path: Path) -> None:

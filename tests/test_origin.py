@@ -216,7 +216,7 @@ def test_others_check_it_with_the_library_alone(package: Path, keys: Keys) -> No
     config = verifying.Config().use_elliptic_key_verifier(public_key=keys.public)
     config.verify(package, package / SIGNATURE)
     flip(package / "model.onnx.data")
-    with pytest.raises(ValueError, match=r"Hash mismatch for 'model\.onnx\.data'"):
+    with pytest.raises(ValueError, match=r"Hash mismatch for \\*'model\.onnx\.data"):
         config.verify(package, package / SIGNATURE)
 
 

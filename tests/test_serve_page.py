@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.browser import browser, needs_browser, wait_for  # noqa: F401
+from tests.browser import needs_browser, wait_for
 from tests.serving import ask, make_package, slow, text_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ pytestmark = [needs_browser, pytest.mark.usefixtures("one_thread")]
 def page(
     tmp_path: Path,
     labs: Callable[[str], Lab],
-    browser: Any,  # noqa: F811
+    browser: Any,
 ) -> Iterator[tuple[Any, str, Engine]]:
     folder = make_package(labs("phi3"), tmp_path / "package")
     with slow(folder, 0.02, slots=4, waiting=4) as (url, engine):

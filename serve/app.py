@@ -45,12 +45,12 @@ FIELDS = {
 
 @dataclass
 class Prompted:
-    """A request whose prompts are tokens."""
+    """The prompts of a request as tokens, and how many tokens each answer may have."""
 
-    request: Sampling
     prompts: list[list[int]]
     most: list[int]
     told: int | None
+    """Alternatives of each token that are told; None for no probabilities."""
 
 
 def create_app(engine: Engine, key: str | None = None, hosts: set[str] | None = None) -> FastAPI:
@@ -123,7 +123,7 @@ def _answers(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
             ids = await asyncio.to_thread(text.encode, said, False)
             most = engine.check(ids, body.max_completion_tokens or body.max_tokens, "messages")
             told = (body.top_logprobs or 0) if body.logprobs else None
-            return Prompted(body, [ids], [most], told)
+            return Prompted([ids], [most], told)
 
         return await _answered(engine, metrics, body, prompted, http, chat=True)
 
@@ -133,7 +133,7 @@ def _answers(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
             prompts = await asyncio.to_thread(_tokens, engine, body.prompt)
             asked = 16 if body.max_tokens is None else body.max_tokens  # the API's default
             most = [engine.check(ids, asked, "prompt") for ids in prompts]
-            return Prompted(body, prompts, most, body.logprobs)
+            return Prompted(prompts, most, body.logprobs)
 
         return await _answered(engine, metrics, body, prompted, http, chat=False)
 

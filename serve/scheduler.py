@@ -20,7 +20,6 @@ class Model(Protocol):
     """What computes: see `serve.batch.Batch`."""
 
     slots: int
-    context: int
 
     def read(
         self, slot: int, ids: list[int], start: int, adapter: Adapter | None
@@ -120,7 +119,7 @@ class Scheduler:
             Busy, Stopping.
         """
         with self._changed:
-            if self._stopping or not self._thread.is_alive():
+            if self._stopping or not self.alive:
                 raise Stopping
             if len(self._waiting) + len(sequences) > self.most_waiting + len(self._free):
                 raise Busy

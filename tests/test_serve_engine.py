@@ -219,7 +219,7 @@ def test_only_so_many_adapters_stay_in_memory(package: Path, labs: Callable[[str
 class Counting:
     """A model of which the test sees the calls; the next token is always the last plus one."""
 
-    slots, context = 2, 10_000
+    slots = 2
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []

@@ -26,7 +26,7 @@ from tasks.origin import Finding, verify_package
 from tasks.signing import PASSWORD, Trusted
 
 SECRET = "pa55word-of-the-key"
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120, func_only=True)  # the lab, which a fixture makes, takes more
 
 
 @dataclass(frozen=True)

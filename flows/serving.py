@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.console import Json, print_json, stop
+from serve import Settings
 from stages.errors import UserError
 
 
@@ -18,14 +19,18 @@ def serve(
     *,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
-    slots: Annotated[int, typer.Option(help="Answers that are written at once.", min=1)] = 8,
+    slots: Annotated[
+        int, typer.Option(help="Answers that are written at once.", min=1)
+    ] = Settings.slots,
     waiting: Annotated[
         int, typer.Option(help="Answers that may wait for a slot; beyond them: 429.", min=0)
-    ] = 64,
+    ] = Settings.waiting,
     context: Annotated[
         int, typer.Option(help="Tokens of prompt and answer, if the model takes them.", min=2)
-    ] = 4096,
-    adapters: Annotated[int, typer.Option(help="Adapters that stay in memory.", min=1)] = 64,
+    ] = Settings.context,
+    adapters: Annotated[
+        int, typer.Option(help="Adapters that stay in memory.", min=1)
+    ] = Settings.adapters,
     as_json: Json = False,
 ) -> None:
     """Serve the package over HTTP: OpenAI's API, a page to try it, every adapter a model by name.
@@ -37,7 +42,7 @@ def serve(
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; expected a package")
         from serve import server
-        from serve.engine import Engine, Settings
+        from serve.engine import Engine
 
         bound = server.listen(host, port)
         engine = Engine(folder, Settings(slots, waiting, context, adapters))

@@ -8,7 +8,7 @@ and go at any step, and `lora_rows` (passes/adapter_inputs.py) gives each its ow
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,6 @@ class Batch:
             if name != self._own
         }
         self._rows = self._session.io_binding()
-        self._reading: dict[int, int] = {}
         self._bound: tuple[int, Any] | None = None
         self._together = Together(self.parameters)
 
@@ -107,18 +106,21 @@ class Batch:
         self._session.run_with_iobinding(binding)
         return logits[0, -1].astype(np.float32, copy=False)
 
-    def step(self, rows: Sequence[Row]) -> np.ndarray:
+    def step(self, rows: Sequence[Row], reading: Mapping[int, int]) -> np.ndarray:
         """Add a token to each of some sequences.
 
         Slots between them take part and are not looked at: what is written for one goes where its
         next token will be written over it.
+
+        Args:
+            reading: slots whose prompt is only partly read, with how many tokens of it they have.
 
         Returns:
             Scores of each one's next token: float32 (len(rows), vocabulary).
         """
         count = 1 + max(row.slot for row in rows)
         ids = np.zeros((count, 1), np.int64)
-        lengths = np.array([self._reading.get(slot, 0) for slot in range(count)], np.int64)
+        lengths = np.array([reading.get(slot, 0) for slot in range(count)], np.int64)
         for row in rows:
             ids[row.slot], lengths[row.slot] = row.token, row.length
         mask = (np.arange(lengths.max() + 1) <= lengths[:, None]).astype(np.int64)
@@ -127,7 +129,7 @@ class Batch:
         bind(self._rows, "input_ids", ids)
         bind(self._rows, "attention_mask", mask)
         if self._positions:
-            positions = lengths[:, None].copy()
+            positions = lengths[:, None]
             bind(self._rows, "position_ids", positions)
         if self._together.rank:
             own = self._together.rows({row.slot: row.adapter for row in rows}, count)
@@ -136,10 +138,6 @@ class Batch:
         bind_output(self._rows, "logits", logits)
         self._session.run_with_iobinding(self._rows)
         return logits[[row.slot for row in rows], 0].astype(np.float32, copy=False)
-
-    def reading(self, lengths: dict[int, int]) -> None:
-        """Say which slots have a prompt that is only partly read, and how much of it they have."""
-        self._reading = lengths
 
     def move(self, slot: int, to: int, length: int) -> None:
         """Have the sequence of a slot, so many tokens of it, in another that is free."""

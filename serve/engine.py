@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from serve import Settings
 from serve.adapters import BASE, Adapter, Shelf
 from serve.batch import Batch
 from serve.errors import ApiError
@@ -22,20 +22,6 @@ from serve.text import Text, too_long
 from stages.errors import UserError
 from stages.generation import CannotRunHere, adapters_of, provider, read_config
 from stages.reading import Missing, json_object
-
-
-@dataclass
-class Settings:
-    """What `olivepress serve` takes."""
-
-    slots: int = 8
-    """Answers that are written at once."""
-    waiting: int = 64
-    """Answers that may wait for a slot; a request beyond them gets status 429."""
-    context: int = 4096
-    """Tokens of prompt and answer together, if the model takes as many."""
-    adapters: int = 64
-    """Adapters that stay in memory."""
 
 
 class Engine:

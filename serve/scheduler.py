@@ -24,8 +24,7 @@ class Model(Protocol):
     def read(
         self, slot: int, ids: list[int], start: int, adapter: Adapter | None
     ) -> np.ndarray: ...
-    def step(self, rows: list[Row]) -> np.ndarray: ...
-    def reading(self, lengths: dict[int, int]) -> None: ...
+    def step(self, rows: list[Row], reading: dict[int, int]) -> np.ndarray: ...
     def move(self, slot: int, to: int, length: int) -> None: ...
     def free(self, slot: int) -> None: ...
 
@@ -196,18 +195,17 @@ class Scheduler:
                 self._choose([one], logits[None])
 
     def _step(self) -> None:
-        writing = self._writing
+        writing = list(self._writing)
         if not writing:
             return
         rows = [Row(each.slot, each.token, each.cached, each.adapter) for each in writing]
-        self.model.reading({each.slot: each.read for each in self._reading})
         try:
-            logits = self.model.step(rows)
+            logits = self.model.step(rows, {each.slot: each.read for each in self._reading})
         except Exception as error:
-            self._fail(list(writing), error)
+            self._fail(writing, error)
             return
         self.steps += 1
-        self._choose(list(writing), logits)
+        self._choose(writing, logits)
 
     def _choose(self, sequences: list[Sequence], logits: np.ndarray) -> None:
         """Add a token to each, and tell those who wait for it."""

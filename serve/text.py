@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 
 from serve.errors import ApiError
 from stages.errors import UserError
-from stages.generation import prompt_template, read_config
+from stages.generation import MANIFEST, prompt_template, read_config
 from stages.reading import JSON_BYTES, Missing, content, json_object
 
 PROBE = "\N{OBJECT REPLACEMENT CHARACTER}"  # a question that no template has in it
@@ -79,14 +79,9 @@ class Text:
 
     def _taught(self, folder: Path) -> str | None:
         """The text that adapters were taught to answer, where it is not the chat template's."""
-        try:
-            taught = prompt_template(folder)
-        except Missing:
+        if not (folder / MANIFEST).exists():
             return None
-        except UserError:
-            if (folder / "olivepress.json").exists():
-                raise
-            return None
+        taught = prompt_template(folder)
         if self._chat is None:
             return taught
         probe = [{"role": "user", "content": PROBE}]

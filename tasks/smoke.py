@@ -16,7 +16,6 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from stages.errors import UserError
-from stages.generation import provider
 from stages.reading import json_object
 from stages.stage import PACKAGE
 from tasks.command import Job
@@ -49,6 +48,8 @@ def smoke_test(root: Path, limit_seconds: float) -> State:
         model; Failed with one line if the server does not start or answer, or if no answer of a
         model is as measured. Not all need be: another processor may round another way.
     """
+    from stages.generation import provider  # it loads onnxruntime
+
     package = root / PACKAGE
     try:
         if (name := provider(package)) != "cpu":

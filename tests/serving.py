@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import BIN
-from serve.engine import Engine, Settings
+from serve import Settings
+from serve.engine import Engine
 from serve.server import KEY, configured, listen
 from stages import convert
 

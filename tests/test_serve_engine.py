@@ -123,7 +123,7 @@ def test_rows_of_a_batch_are_as_if_alone(package: Path, labs: Callable[[str], La
         scores = [batch.read(5, prompt, 0, adapter)]
         for step in range(4):
             token = int(scores[-1].argmax())
-            scores.append(batch.step([Row(5, token, len(prompt) + step, adapter)])[0])
+            scores.append(batch.step([Row(5, token, len(prompt) + step, adapter)], {})[0])
         alone.append(scores)
     for slot, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
         batch.read(slot, prompt, 0, adapter)
@@ -133,7 +133,7 @@ def test_rows_of_a_batch_are_as_if_alone(package: Path, labs: Callable[[str], La
             Row(slot, int(alone[slot][step].argmax()), len(prompts[slot]) + step, adapters[slot])
             for slot in order
         ]
-        for slot, scores in zip(order, batch.step(rows), strict=True):
+        for slot, scores in zip(order, batch.step(rows, {}), strict=True):
             np.testing.assert_allclose(scores, alone[slot][step + 1], atol=2e-4)
 
 
@@ -147,12 +147,11 @@ def test_a_prompt_in_parts_while_others_are_answered(package: Path) -> None:
     for start in range(0, len(prompt), 32):
         scores = batch.read(1, prompt[start : start + 32], start, None)
         read = min(start + 32, len(prompt))
-        batch.reading({1: read})
-        batch.step([Row(2, 5, length, None)])
+        batch.step([Row(2, 5, length, None)], {1: read})
         length += 1
     np.testing.assert_allclose(scores, whole, atol=2e-4)
     batch.read(0, prompt, 0, None)
-    rows = batch.step([Row(slot, 5, len(prompt), None) for slot in (0, 1)])
+    rows = batch.step([Row(slot, 5, len(prompt), None) for slot in (0, 1)], {})
     np.testing.assert_allclose(rows[1], rows[0], atol=2e-4)
 
 
@@ -161,9 +160,9 @@ def test_a_sequence_that_moves_goes_on(package: Path) -> None:
     prompt = list(range(4, 60))
     for slot in (0, 3):
         batch.read(slot, prompt, 0, None)
-    expected = batch.step([Row(slot, 5, len(prompt), None) for slot in (0, 3)])
+    expected = batch.step([Row(slot, 5, len(prompt), None) for slot in (0, 3)], {})
     batch.move(3, 1, len(prompt) + 1)
-    again = batch.step([Row(slot, 6, len(prompt) + 1, None) for slot in (0, 1)])
+    again = batch.step([Row(slot, 6, len(prompt) + 1, None) for slot in (0, 1)], {})
     np.testing.assert_allclose(again[1], again[0], atol=2e-4)
     assert np.abs(again[0] - expected[0]).max() > 0.1
 
@@ -235,15 +234,13 @@ class Counting:
         self.calls.append(("read", (slot, start, len(ids))))
         return self._scores(ids[-1])
 
-    def step(self, rows: list[Row]) -> np.ndarray:
+    def step(self, rows: list[Row], reading: dict[int, int]) -> np.ndarray:
         self.go.acquire()
+        self.calls.append(("reading", reading))
         if any(row.token == 13 for row in rows):
             raise RuntimeError("thirteen")
         self.calls.append(("step", [row.slot for row in rows]))
         return np.stack([self._scores(row.token) for row in rows])
-
-    def reading(self, lengths: dict[int, int]) -> None:
-        self.calls.append(("reading", lengths))
 
     def move(self, slot: int, to: int, length: int) -> None:
         self.calls.append(("move", (slot, to, length)))
@@ -438,10 +435,10 @@ def test_what_overflows_in_one_adapter_stays_in_its_rows(package: Path) -> None:
     bad = Adapter("bad", one.path, one.rank, huge)
     ids = [5, 6, 7]
     batch.read(0, ids, 0, one)
-    alone = batch.step([Row(0, 8, 3, one)])[0]
+    alone = batch.step([Row(0, 8, 3, one)], {})[0]
     batch.read(0, ids, 0, one)
     batch.read(1, ids, 0, bad)
-    beside = batch.step([Row(0, 8, 3, one), Row(1, 8, 3, bad)])
+    beside = batch.step([Row(0, 8, 3, one), Row(1, 8, 3, bad)], {})
     np.testing.assert_allclose(beside[0], alone, atol=2e-4)
     assert not np.isfinite(beside[1]).all()
 

@@ -217,6 +217,14 @@ def labs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lab]:
 
 
 @pytest.fixture(scope="session")
+def served_package(tmp_path_factory: pytest.TempPathFactory, labs: Callable[[str], Lab]) -> Path:
+    """A package of a tiny model with two adapters; tests leave it alone."""
+    from tests.serving import make_package
+
+    return make_package(labs("phi3"), tmp_path_factory.mktemp("served") / "package")
+
+
+@pytest.fixture(scope="session")
 def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azure]:
     """Azure on loopback; `azure.env` is what a subprocess needs, `azure.reset()` empties it."""
     from tests.emulator.client import Azure

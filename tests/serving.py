@@ -27,6 +27,11 @@ from stages import convert
 if TYPE_CHECKING:
     from exported import Lab
 
+HELLO: dict[str, Any] = {
+    "model": "base",
+    "temperature": 0,
+    "messages": [{"role": "user", "content": "Hello"}],
+}
 TEMPLATE = "<|user|>{prompt}<|end|><|assistant|>"
 
 
@@ -109,10 +114,7 @@ def slow(folder: Path, seconds: float, **settings: int) -> Iterator[tuple[str, E
 
 def ask(url: str, **body: Any) -> httpx.Response:
     """A question to the base model, unless the body says other things."""
-    whole: dict[str, Any] = {
-        "model": "base", "temperature": 0, "max_tokens": 8,
-        "messages": [{"role": "user", "content": "Hello"}],
-    } | body  # fmt: skip
+    whole = HELLO | {"max_tokens": 8} | body
     return httpx.post(f"{url}/v1/chat/completions", json=whole, timeout=60)
 
 
@@ -127,3 +129,12 @@ def eventually(what: Any, seconds: float = 10) -> None:
     while not what():
         assert time.monotonic() < deadline, "it never came to be so"
         time.sleep(0.02)
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of a response, in the API's shape and nothing else."""
+    assert response.status_code == status, response.text
+    assert response.json().keys() == {"error"}
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error

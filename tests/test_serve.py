@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,37 +16,18 @@ import pytest
 from conftest import typed
 from serve.text import Text
 from stages.generation import Session
-from tests.serving import another_adapter, ask, eventually, make_package, served, slow, text_of
+from tests.serving import another_adapter, ask, refusal, served, text_of
 
 if TYPE_CHECKING:
     from exported import Lab
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HELLO: dict[str, Any] = {
-    "model": "base",
-    "temperature": 0,
-    "messages": [{"role": "user", "content": "Hello"}],
-}
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory, labs: Callable[[str], Lab]) -> Path:
-    return make_package(labs("phi3"), tmp_path_factory.mktemp("served") / "package")
-
-
-@pytest.fixture(scope="module")
-def url(package: Path) -> Iterator[str]:
-    with served(package) as (address, _):
+def url(served_package: Path) -> Iterator[str]:
+    with served(served_package) as (address, _):
         yield address
-
-
-def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of a response, in the API's shape and nothing else."""
-    assert response.status_code == status, response.text
-    assert response.json().keys() == {"error"}
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    return error
 
 
 def chunks(response: httpx.Response) -> list[dict[str, Any]]:
@@ -70,10 +47,10 @@ def test_models_are_the_base_and_each_adapter(url: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["base", "one", "two"])
-def test_answers_are_those_of_genai(url: str, package: Path, model: str) -> None:
+def test_answers_are_those_of_genai(url: str, served_package: Path, model: str) -> None:
     """The same tokens as onnxruntime-genai's own generator on the same files, with each adapter."""
     adapter = None if model == "base" else model
-    session, writer = Session(package), Text(package, 256).writer([])
+    session, writer = Session(served_package), Text(served_package, 256).writer([])
     tokens = session.tokens(session.encode(session.render("Hello")), adapter, 30)
     expected = "".join(map(writer.add, tokens))
     answer = ask(url, model=model, max_tokens=30)
@@ -279,10 +256,12 @@ def test_other_ways_to_ask_wrongly(url: str) -> None:
     assert httpx.get(f"{url}/healthz", headers={"Host": "localhost:1"}).json() == {"status": "ok"}
 
 
-def test_adapters_come_and_go(package: Path, labs: Callable[[str], Lab], tmp_path: Path) -> None:
+def test_adapters_come_and_go(
+    served_package: Path, labs: Callable[[str], Lab], tmp_path: Path
+) -> None:
     """Loaded at first use; more by a request, or by a file in the folder; gone when asked to."""
     folder = tmp_path / "package"
-    shutil.copytree(package, folder)
+    shutil.copytree(served_package, folder)
     extra = another_adapter(labs("phi3"), tmp_path / "extra.onnx_adapter", seed=5)
     with served(folder) as (url, _):
         state = lambda: {e["id"]: e["loaded"] for e in httpx.get(f"{url}/v1/models").json()["data"]}  # noqa: E731
@@ -333,8 +312,8 @@ def test_adapters_come_and_go(package: Path, labs: Callable[[str], Lab], tmp_pat
         assert text_of(ask(url, model="two"))
 
 
-def test_a_key(package: Path) -> None:
-    with served(package, OLIVEPRESS_API_KEY="secret-key") as (url, process):
+def test_a_key(served_package: Path) -> None:
+    with served(served_package, OLIVEPRESS_API_KEY="secret-key") as (url, process):
         assert refusal(ask(url), 401)["code"] == "invalid_api_key"
         for given in ("Bearer wrong", "secret-key", "Basic secret-key", "Bearer \xff"):
             sent = httpx.get(f"{url}/v1/models", headers={"Authorization": given.encode("latin-1")})
@@ -348,8 +327,8 @@ def test_a_key(package: Path) -> None:
     assert "secret-key" not in log
 
 
-def test_others_need_a_key_to_be_let_in(package: Path) -> None:
-    said = typed("serve", str(package), "--host", "0.0.0.0", cwd=package)
+def test_others_need_a_key_to_be_let_in(served_package: Path) -> None:
+    said = typed("serve", str(served_package), "--host", "0.0.0.0", cwd=served_package)
     assert said.exit_code == 1 and "OLIVEPRESS_API_KEY" in said.output
 
 
@@ -366,121 +345,12 @@ def test_page_card_lineage_and_metrics(url: str) -> None:
     assert httpx.get(f"{url}/openapi.json").json()["paths"].keys() >= {"/v1/chat/completions"}
 
 
-def test_too_many_wait(package: Path) -> None:
-    """Those beyond the bound get 429 at once; all others are answered, in turn."""
-    with slow(package, 0.01, slots=2, waiting=3) as (url, engine):
-        with ThreadPoolExecutor(12) as pool:
-            answers = list(pool.map(lambda _: ask(url, max_tokens=30), range(12)))
-        refused = [each for each in answers if each.status_code == 429]
-        assert all(refusal(each, 429)["code"] == "server_busy" for each in refused)
-        assert all(each.headers["retry-after"] for each in refused)
-        assert 5 <= 12 - len(refused) < 12
-        assert len({text_of(each) for each in answers if each.status_code == 200}) == 1
-        eventually(lambda: engine.scheduler.running == 0)
-        assert ask(url).status_code == 200
-
-
-def test_a_client_that_goes_away_frees_its_slot(package: Path) -> None:
-    body = HELLO | {"max_tokens": 200}
-    with slow(package, 0.05, slots=1, waiting=4) as (url, engine):
-        for streamed in (True, False):
-            steps = engine.scheduler.steps
-            with (
-                pytest.raises(httpx.ReadTimeout),
-                httpx.stream(
-                    "POST",
-                    f"{url}/v1/chat/completions",
-                    json=body | {"stream": streamed},
-                    timeout=0.5,
-                ) as answer,
-            ):
-                for _, _ in zip(answer.iter_lines(), range(8), strict=False):
-                    pass
-                raise httpx.ReadTimeout("enough")
-            eventually(lambda: engine.scheduler.running == 0, seconds=5)
-            assert engine.scheduler.steps - steps < 100
-            assert ask(url).status_code == 200
-        # One that waits and goes away is never begun.
-        with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(ask, url, max_tokens=30)
-            eventually(lambda: engine.scheduler.running == 1)
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.2)
-            eventually(lambda: engine.scheduler.waiting == 0)
-            assert first.result().status_code == 200
-
-
-def test_one_who_reads_slowly_stops_nobody(package: Path) -> None:
-    """A client that takes nothing from its socket: others are answered meanwhile."""
-    with slow(package, 0.005, slots=4, waiting=4) as (url, engine):
-        host, _, port = url.removeprefix("http://").partition(":")
-        much = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 200, "n": 2}
-        body = json.dumps(HELLO | much).encode()
-        with socket.socket() as mute:
-            mute.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            mute.connect((host, int(port)))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
-            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            mute.sendall(head.encode() + body)
-            eventually(lambda: engine.scheduler.running == 2)
-            assert ask(url, max_tokens=20).status_code == 200
-            eventually(
-                lambda: engine.scheduler.running == 0
-            )  # it was written to its end all the same
-            assert ask(url).status_code == 200
-
-
-def test_500_connections(url: str) -> None:
-    """Some that say nothing, and a request on each of the others: answered, or refused in shape."""
-    host, _, port = url.removeprefix("http://").partition(":")
-    silent = [socket.create_connection((host, int(port))) for _ in range(250)]
-    try:
-        with ThreadPoolExecutor(250) as pool:
-            answers = list(pool.map(lambda _: ask(url, max_tokens=2), range(250)))
-    finally:
-        for each in silent:
-            each.close()
-    assert {each.status_code for each in answers} <= {200, 429}
-    assert sum(each.status_code == 200 for each in answers) >= 72  # those with a slot or a place
-    assert ask(url).status_code == 200
-
-
-def test_sigterm_finishes_what_is_running(package: Path) -> None:
-    with served(package) as (url, process):
-        expected = ask(url, max_tokens=240).text
-        got: list[str] = []
-        started = threading.Event()
-
-        def read() -> None:
-            body = HELLO | {"max_tokens": 240, "stream": True}
-            with httpx.stream(
-                "POST", f"{url}/v1/chat/completions", json=body, timeout=60
-            ) as answer:
-                for line in answer.iter_lines():
-                    started.set()
-                    got.append(line)
-
-        thread = threading.Thread(target=read)
-        thread.start()
-        assert started.wait(30)
-        process.send_signal(signal.SIGTERM)
-        thread.join()
-        assert "data: [DONE]" in got
-        assert process.wait(timeout=30) == 0
-        said = [json.loads(each[6:])["choices"][0] for each in got if each.startswith("data: {")]
-        text = "".join(each["delta"].get("content", "") for each in said)
-        assert text == json.loads(expected)["choices"][0]["message"]["content"]
-    time.sleep(0.1)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/healthz")
-
-
-def test_what_cannot_be_served(package: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_served(served_package: Path, tmp_path: Path) -> None:
     """One line that says what is wrong, and no traceback."""
 
     def broken(name: str) -> Path:
         folder = tmp_path / name
-        shutil.copytree(package, folder)
+        shutil.copytree(served_package, folder)
         return folder
 
     (no_config := broken("no-config")).joinpath("genai_config.json").unlink()
@@ -499,6 +369,6 @@ def test_what_cannot_be_served(package: Path, tmp_path: Path) -> None:
         assert "Traceback" not in said.output and said.output.count("\n") == 1
 
 
-def test_a_port_that_is_taken(package: Path, url: str) -> None:
-    said = typed("serve", str(package), "--port", url.rpartition(":")[2], cwd=package)
+def test_a_port_that_is_taken(served_package: Path, url: str) -> None:
+    said = typed("serve", str(served_package), "--port", url.rpartition(":")[2], cwd=served_package)
     assert said.exit_code == 1 and "--port" in said.output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,19 +10,18 @@ import openai
 import pytest
 
 from conftest import BIN, sh
-from tests.serving import ask, make_package, served, text_of
+from tests.serving import ask, served, text_of
 
 if TYPE_CHECKING:
-    from exported import Lab
+    pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = "a-key"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, labs: Callable[[str], Lab]) -> Iterator[str]:
-    folder = make_package(labs("phi3"), tmp_path_factory.mktemp("served") / "package")
-    with served(folder) as (address, _):
+def url(served_package: Path) -> Iterator[str]:
+    with served(served_package) as (address, _):
         yield address
 
 

@@ -1,4 +1,4 @@
-"""The parts of the server against their equations: sampling, batches, stop texts, turns."""
+"""The server's batches, adapters and turns, against what each sequence is by itself."""
 
 from __future__ import annotations
 
@@ -14,103 +14,25 @@ from unittest import mock
 import numpy as np
 import onnxruntime as ort
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
 
 from serve.adapters import IDLE_STEPS, Adapter, Parameter, Shelf, Together, padded, read
 from serve.batch import CHUNK, Batch, Row
 from serve.engine import context_length
 from serve.sampling import Sampler
 from serve.scheduler import Busy, Piece, Scheduler, Sequence, Stopping
-from serve.text import Text, Writer
 from stages.errors import UserError
-from tests.serving import another_adapter, eventually, make_package
+from tests.serving import another_adapter, eventually
 
 if TYPE_CHECKING:
     from exported import Lab
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LOGITS = np.random.default_rng(0).normal(0, 2, 1000).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory, labs: Callable[[str], Lab]) -> Path:
-    return make_package(labs("phi3"), tmp_path_factory.mktemp("served") / "package")
-
-
-def probabilities(temperature: float) -> np.ndarray:
-    weights = np.exp(LOGITS.astype(np.float64) / temperature)
-    return weights / weights.sum()
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_come_as_often_as_they_are_likely(temperature: float) -> None:
-    sampler = Sampler(temperature, seed=1)
-    drawn = np.bincount([sampler.choose(LOGITS).token for _ in range(4000)], minlength=1000) / 4000
-    expected = probabilities(temperature)
-    error = np.sqrt(expected * (1 - expected) / 4000)
-    assert (np.abs(drawn - expected) < 5 * error + 1e-3).all()
-
-
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
-def test_top_p_draws_from_the_fewest_that_have_it(top_p: float) -> None:
-    expected = probabilities(1.0)
-    order = np.argsort(-expected, kind="stable")
-    count = int(np.searchsorted(expected[order].cumsum(), top_p)) + 1
-    sampler = Sampler(1.0, top_p, seed=1)
-    drawn = {sampler.choose(LOGITS).token for _ in range(3000)}
-    assert drawn <= set(order[:count].tolist())
-    if count < 40:
-        assert drawn == set(order[:count].tolist())
-
-
-def test_penalties_and_bias() -> None:
-    """score + bias - frequency * count - presence * (count > 0), and its probability is told."""
-    scores = np.array([2.0, 1.93, 1.81, 0.0], np.float32)
-    sampler = Sampler(
-        presence_penalty=0.05,
-        frequency_penalty=0.1,
-        bias=(np.array([3]), np.array([1.95], np.float32)),
-        top_logprobs=4,
-    )
-    now = scores + np.array([0, 0, 0, 1.95], np.float32)
-    for _ in range(8):
-        choice = sampler.choose(scores)
-        assert choice.token == int(now.argmax())
-        total = np.log(np.exp(now.astype(np.float64)).sum())
-        assert choice.logprob == pytest.approx(now[choice.token] - total, abs=1e-5)
-        assert [token for token, _ in choice.top] == np.argsort(-now, kind="stable").tolist()
-        first = now[choice.token] == (scores + np.array([0, 0, 0, 1.95], np.float32))[choice.token]
-        now[choice.token] -= 0.1 + 0.05 * first
-    assert (scores == np.array([2.0, 1.93, 1.81, 0.0], np.float32)).all()
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=4))
-def test_stop_texts_cut_at_the_first(text: str, stops: list[str]) -> None:
-    """What is given out, letter by letter, is what is before the first stop."""
-    writer = Writer(None, stops)  # type: ignore[arg-type]
-    said = ""
-    for letter in text:
-        said += writer._given(letter)
-        if writer.stopped:
-            break
-    if not writer.stopped:
-        said += writer.rest()
-    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
-    if not ends:
-        assert said == text and not writer.stopped
-    else:
-        seen = text[: min(ends)]  # what had come when the first was complete
-        assert writer.stopped
-        assert said == seen[: min(seen.find(stop) for stop in stops if stop in seen)]
-
-
-def test_rows_of_a_batch_are_as_if_alone(package: Path, labs: Callable[[str], Lab]) -> None:
+def test_rows_of_a_batch_are_as_if_alone(served_package: Path, labs: Callable[[str], Lab]) -> None:
     """Other lengths, other adapters of other ranks, or none: the scores of each run by itself."""
-    batch = Batch(package, 6, 256)
-    shelf = Shelf(package, batch.parameters, kept=8)
+    batch = Batch(served_package, 6, 256)
+    shelf = Shelf(served_package, batch.parameters, kept=8)
     wide = shelf.get("two")
     smaller = Adapter(
         "smaller", wide.path, 2,
@@ -137,9 +59,9 @@ def test_rows_of_a_batch_are_as_if_alone(package: Path, labs: Callable[[str], La
             np.testing.assert_allclose(scores, alone[slot][step + 1], atol=2e-4)
 
 
-def test_a_prompt_in_parts_while_others_are_answered(package: Path) -> None:
+def test_a_prompt_in_parts_while_others_are_answered(served_package: Path) -> None:
     """Steps for others leave a half-read prompt's cache as it was."""
-    batch = Batch(package, 3, 256)
+    batch = Batch(served_package, 3, 256)
     prompt = list(range(4, 100))
     whole = batch.read(0, prompt, 0, None)
     batch.read(2, [7, 8, 9], 0, None)
@@ -155,8 +77,8 @@ def test_a_prompt_in_parts_while_others_are_answered(package: Path) -> None:
     np.testing.assert_allclose(rows[1], rows[0], atol=2e-4)
 
 
-def test_a_sequence_that_moves_goes_on(package: Path) -> None:
-    batch = Batch(package, 4, 256)
+def test_a_sequence_that_moves_goes_on(served_package: Path) -> None:
+    batch = Batch(served_package, 4, 256)
     prompt = list(range(4, 60))
     for slot in (0, 3):
         batch.read(slot, prompt, 0, None)
@@ -204,10 +126,12 @@ def test_adapters_together() -> None:
     assert value.shape == (4, 5) and (value[:, 2:] == 0).all()
 
 
-def test_only_so_many_adapters_stay_in_memory(package: Path, labs: Callable[[str], Lab]) -> None:
-    shelf = Shelf(package, Batch(package, 1, 16).parameters, kept=2)
+def test_only_so_many_adapters_stay_in_memory(
+    served_package: Path, labs: Callable[[str], Lab]
+) -> None:
+    shelf = Shelf(served_package, Batch(served_package, 1, 16).parameters, kept=2)
     for seed in range(3):
-        path = another_adapter(labs("phi3"), package.parent / f"x{seed}.onnx_adapter", seed)
+        path = another_adapter(labs("phi3"), served_package.parent / f"x{seed}.onnx_adapter", seed)
         shelf.add(f"x{seed}", path)
     assert shelf.loaded() == ["x1", "x2"]
     assert shelf.get("x1") is shelf.get("x1")
@@ -357,37 +281,6 @@ def test_what_fails_for_one_sequence_ends_it_alone() -> None:
     scheduler.stop()
 
 
-def test_scores_that_are_no_numbers_are_an_error() -> None:
-    for scores in (np.full(5, np.nan, np.float32), np.full(5, np.inf, np.float32)):
-        with pytest.raises(ValueError, match="no numbers"):
-            Sampler().choose(scores)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-38, 1e-6, 1e-3])
-def test_cold_is_the_likeliest(temperature: float) -> None:
-    assert Sampler(temperature, top_p=0.9, seed=0).choose(LOGITS).token == int(LOGITS.argmax())
-
-
-def test_tokens_that_are_bytes() -> None:
-    """With a token for each byte, as Llama has, any sequence of them has a text."""
-    pieces = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581a", "b"]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={it: i for i, it in enumerate(pieces)}, merges=[], byte_fallback=True)
-    )
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
-    text = "é = ü"
-    said = Writer(tokenizer, [])
-    assert "".join(said.add(2 + byte) for byte in text.encode()) == text
-    random = np.random.default_rng(0)
-    for _ in range(300):
-        writer = Writer(tokenizer, [])
-        for token in random.integers(2, len(pieces), 12):
-            assert isinstance(writer.add(int(token)), str)
-
-
 WRONG = {
     "nothing": ({}, "no parameters"),
     "NaN": ({"A": np.nan}, "no numbers"),
@@ -400,9 +293,9 @@ WRONG = {
 
 @pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
 def test_an_adapter_that_would_harm_is_refused(
-    package: Path, tmp_path: Path, change: dict[str, Any], words: str
+    served_package: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
-    parameters = Batch(package, 1, 16).parameters
+    parameters = Batch(served_package, 1, 16).parameters
     name = next(iter(sorted(parameters))).removesuffix("A")
     sizes = {key: parameters[name + key].shape for key in "AB"}
     arrays = {
@@ -428,9 +321,9 @@ def test_an_adapter_that_would_harm_is_refused(
         read("x", path, parameters)
 
 
-def test_what_overflows_in_one_adapter_stays_in_its_rows(package: Path) -> None:
-    batch = Batch(package, 2, 64)
-    one = Shelf(package, batch.parameters, kept=2).get("one")
+def test_what_overflows_in_one_adapter_stays_in_its_rows(served_package: Path) -> None:
+    batch = Batch(served_package, 2, 64)
+    one = Shelf(served_package, batch.parameters, kept=2).get("one")
     huge = {k: v * 1e38 if k.endswith("A") else v for k, v in one.arrays.items()}
     bad = Adapter("bad", one.path, one.rank, huge)
     ids = [5, 6, 7]
@@ -443,29 +336,9 @@ def test_what_overflows_in_one_adapter_stays_in_its_rows(package: Path) -> None:
     assert not np.isfinite(beside[1]).all()
 
 
-def test_text_of_a_custom_template(package: Path, tmp_path: Path) -> None:
-    """An adapter that was taught with a text of its own is asked with it, the base is not."""
+def test_longrope_is_served_up_to_its_first_length(served_package: Path, tmp_path: Path) -> None:
     folder = tmp_path / "package"
-    shutil.copytree(package, folder)
-    said = [{"role": "user", "content": "Where?"}]
-    assert Text(folder, 256).taught is None
-    (folder / "olivepress.json").write_text(json.dumps({"prompt_template": "Q: {prompt}\nA:"}))
-    text = Text(folder, 256)
-    assert text.conversation(said, adapted=True) == "Q: Where?\nA:"
-    assert text.conversation(said, adapted=False) == "<|user|>Where?<|end|><|assistant|>"
-    assert text.conversation([*said, *said], adapted=True).startswith("<|user|>")
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
-    with pytest.raises(Exception, match="no such role"):
-        Text(folder, 256).chat(said)
-    for damaged in ("{% if %}", "{{ ''.__class__.__mro__ }}"):
-        (folder / "chat_template.jinja").write_text(damaged)
-        with pytest.raises(Exception, match="template"):
-            Text(folder, 256).chat(said)
-
-
-def test_longrope_is_served_up_to_its_first_length(package: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "package"
-    shutil.copytree(package, folder)
+    shutil.copytree(served_package, folder)
     assert context_length(folder) == 256
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "longrope", "original_max_position_embeddings": 64}

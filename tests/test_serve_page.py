@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.browser import needs_browser, wait_for
-from tests.serving import ask, make_package, slow, text_of
+from tests.serving import ask, slow, text_of
 
 if TYPE_CHECKING:
-    from exported import Lab
-
     from serve.engine import Engine
 
 pytestmark = [needs_browser, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture
-def page(
-    tmp_path: Path,
-    labs: Callable[[str], Lab],
-    browser: Any,
-) -> Iterator[tuple[Any, str, Engine]]:
-    folder = make_package(labs("phi3"), tmp_path / "package")
-    with slow(folder, 0.02, slots=4, waiting=4) as (url, engine):
+def page(served_package: Path, browser: Any) -> Iterator[tuple[Any, str, Engine]]:
+    with slow(served_package, 0.02, slots=4, waiting=4) as (url, engine):
         browser.get(url)
         wait_for(browser, "3 models, 256 tokens")
         yield browser, url, engine

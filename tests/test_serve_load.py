@@ -1,0 +1,130 @@
+"""`olivepress serve` with more to do than it can, with clients that misbehave, and at its end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serving import HELLO, ask, eventually, refusal, served, slow, text_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_too_many_wait(served_package: Path) -> None:
+    """Those beyond the bound get 429 at once; all others are answered, in turn."""
+    with slow(served_package, 0.01, slots=2, waiting=3) as (url, engine):
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda _: ask(url, max_tokens=30), range(12)))
+        refused = [each for each in answers if each.status_code == 429]
+        assert all(refusal(each, 429)["code"] == "server_busy" for each in refused)
+        assert all(each.headers["retry-after"] for each in refused)
+        assert 5 <= 12 - len(refused) < 12
+        assert len({text_of(each) for each in answers if each.status_code == 200}) == 1
+        eventually(lambda: engine.scheduler.running == 0)
+        assert ask(url).status_code == 200
+
+
+def test_a_client_that_goes_away_frees_its_slot(served_package: Path) -> None:
+    body = HELLO | {"max_tokens": 200}
+    with slow(served_package, 0.05, slots=1, waiting=4) as (url, engine):
+        for streamed in (True, False):
+            steps = engine.scheduler.steps
+            with (
+                pytest.raises(httpx.ReadTimeout),
+                httpx.stream(
+                    "POST",
+                    f"{url}/v1/chat/completions",
+                    json=body | {"stream": streamed},
+                    timeout=0.5,
+                ) as answer,
+            ):
+                for _, _ in zip(answer.iter_lines(), range(8), strict=False):
+                    pass
+                raise httpx.ReadTimeout("enough")
+            eventually(lambda: engine.scheduler.running == 0, seconds=5)
+            assert engine.scheduler.steps - steps < 100
+            assert ask(url).status_code == 200
+        # One that waits and goes away is never begun.
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(ask, url, max_tokens=30)
+            eventually(lambda: engine.scheduler.running == 1)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.2)
+            eventually(lambda: engine.scheduler.waiting == 0)
+            assert first.result().status_code == 200
+
+
+def test_one_who_reads_slowly_stops_nobody(served_package: Path) -> None:
+    """A client that takes nothing from its socket: others are answered meanwhile."""
+    with slow(served_package, 0.005, slots=4, waiting=4) as (url, engine):
+        host, _, port = url.removeprefix("http://").partition(":")
+        much = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 200, "n": 2}
+        body = json.dumps(HELLO | much).encode()
+        with socket.socket() as mute:
+            mute.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            mute.connect((host, int(port)))
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            mute.sendall(head.encode() + body)
+            eventually(lambda: engine.scheduler.running == 2)
+            assert ask(url, max_tokens=20).status_code == 200
+            eventually(
+                lambda: engine.scheduler.running == 0
+            )  # it was written to its end all the same
+            assert ask(url).status_code == 200
+
+
+def test_500_connections(served_package: Path) -> None:
+    """Some that say nothing, and a request on each of the others: answered, or refused in shape."""
+    with served(served_package) as (url, _):
+        host, _, port = url.removeprefix("http://").partition(":")
+        silent = [socket.create_connection((host, int(port))) for _ in range(250)]
+        try:
+            with ThreadPoolExecutor(250) as pool:
+                answers = list(pool.map(lambda _: ask(url, max_tokens=2), range(250)))
+        finally:
+            for each in silent:
+                each.close()
+        assert {each.status_code for each in answers} <= {200, 429}
+        assert (
+            sum(each.status_code == 200 for each in answers) >= 72
+        )  # those with a slot or a place
+        assert ask(url).status_code == 200
+
+
+def test_sigterm_finishes_what_is_running(served_package: Path) -> None:
+    with served(served_package) as (url, process):
+        expected = ask(url, max_tokens=240).text
+        got: list[str] = []
+        started = threading.Event()
+
+        def read() -> None:
+            body = HELLO | {"max_tokens": 240, "stream": True}
+            with httpx.stream(
+                "POST", f"{url}/v1/chat/completions", json=body, timeout=60
+            ) as answer:
+                for line in answer.iter_lines():
+                    started.set()
+                    got.append(line)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        assert started.wait(30)
+        process.send_signal(signal.SIGTERM)
+        thread.join()
+        assert "data: [DONE]" in got
+        assert process.wait(timeout=30) == 0
+        said = [json.loads(each[6:])["choices"][0] for each in got if each.startswith("data: {")]
+        text = "".join(each["delta"].get("content", "") for each in said)
+        assert text == json.loads(expected)["choices"][0]["message"]["content"]
+    time.sleep(0.1)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/healthz")

@@ -53,11 +53,12 @@ def main() -> None:
     parser.add_argument("--load", metavar="JSON", help=argparse.SUPPRESS)
     parser.add_argument("--genai", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--together", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--adapter", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
         print(json.dumps(asyncio.run(load(**json.loads(args.load)))))
     elif args.genai:
-        print(json.dumps(genai(args.genai, args.seconds, args.together)))
+        print(json.dumps(genai(args.genai, args.seconds, args.together, args.adapter)))
     elif args.memory:
         memory(prepared(args, adapters=50))
     elif args.steady:
@@ -71,8 +72,9 @@ def table(args: argparse.Namespace) -> None:
     package = prepared(args, adapters=8)
     names = ("onnxruntime", "onnxruntime-genai", "fastapi", "uvicorn")
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
-    bare = alone(package, args.seconds, 1)
-    print(f"\nonnxruntime-genai alone, one answer after the other: {bare:.1f} tokens/s\n")
+    bare = {adapter: alone(package, args.seconds, adapter=adapter) for adapter in (False, True)}
+    print("\nonnxruntime-genai alone, one answer after the other:")
+    print(f"{bare[False]:.1f} tokens/s of the base, {bare[True]:.1f} with an adapter\n")
     print(
         "| server | models asked | clients | tokens/s | of genai alone | first token, ms | 95 % |"
     )
@@ -81,21 +83,25 @@ def table(args: argparse.Namespace) -> None:
         for models in (["base"], ["a0"], [f"a{i}" for i in range(8)]):
             for clients in CLIENTS:
                 said = models[0] if len(models) == 1 else f"{len(models)} adapters"
-                row("olivepress", said, clients, under(url, models, clients, args.seconds), bare)
+                found = under(url, models, clients, args.seconds)
+                row("olivepress", said, clients, found, bare[models != ["base"]])
     if args.llama:
         with llama(args) as url:
             for clients in CLIENTS:
                 found = under(url, ["llama"], clients, args.seconds)
-                row("llama-cpp-python", "base, Q4_0", clients, found, bare)
-    again = alone(package, args.seconds, 1)
-    print(f"\nonnxruntime-genai alone, at the end again: {again:.1f} tokens/s")
+                row("llama-cpp-python", "base, Q4_0", clients, found, bare[False])
+    again = [alone(package, args.seconds, adapter=adapter) for adapter in (False, True)]
+    print(f"\nonnxruntime-genai alone, at the end again: {again[0]:.1f}, {again[1]:.1f} tokens/s")
     for together in CLIENTS[1:3]:
         rate = alone(package, args.seconds, together)
-        print(f"{together} of its generators in turn: {rate:.1f} tokens/s, {rate / bare:.2f}")
+        print(
+            f"{together} of its generators in turn: {rate:.1f} tokens/s, {rate / bare[False]:.2f}"
+        )
 
 
-def alone(package: Path, seconds: float, together: int) -> float:
-    arguments = ("--seconds", str(seconds), "--together", str(together))
+def alone(package: Path, seconds: float, together: int = 1, adapter: bool = False) -> float:
+    arguments = ["--seconds", str(seconds), "--together", str(together)]
+    arguments += ["--adapter"] * adapter
     return child("--genai", str(package), *arguments)["tokens_per_second"]
 
 
@@ -251,18 +257,22 @@ async def load(url: str, models: list[str], clients: int, seconds: float) -> dic
     return {"tokens": tokens, "seconds": elapsed, "first": first, "failed": failed}
 
 
-def genai(package: Path, seconds: float, together: int) -> dict[str, float]:
+def genai(package: Path, seconds: float, together: int, adapter: bool) -> dict[str, float]:
     """onnxruntime-genai alone: so many prompts at a time, a token of each in turn."""
     import numpy as np
     import onnxruntime_genai as og
 
     model = og.Model(str(package))
+    adapters = og.Adapters(model)
+    adapters.load(str(package / "adapters/a0.onnx_adapter"), "a0")
     length = PROMPT + TOKENS
 
     def begun() -> og.Generator:
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, params)
+        if adapter:
+            generator.set_active_adapter(adapters, "a0")
         generator.append_tokens(np.arange(100, 100 + PROMPT, dtype=np.int32))
         return generator
 

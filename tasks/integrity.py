@@ -56,7 +56,8 @@ def check_inputs(stage: PipelineStage) -> None:
 def _changed_unseen(dep: Output) -> set[str]:
     """Files of an input whose bytes are others than DVC's database says; paths in the project."""
     real = _hashes(dep, store.unmemoized(dep))
-    believed = _hashes(dep, dep.cache)  # after the reading: who writes meanwhile changes the time
+    # After the reading: who writes meanwhile changes the time.
+    believed = _hashes(dep, dep.local_cache)
     wrong = {name for name in believed.keys() & real if believed[name] != real[name]}
     if wrong:
         again = _hashes(dep, store.unmemoized(dep))

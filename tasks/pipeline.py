@@ -87,8 +87,8 @@ def _words(error: BaseException) -> str:
     parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        if str(cause) and str(cause) not in parts:
-            parts.append(str(cause))
+        if (words := str(cause) or type(cause).__name__) not in parts:
+            parts.append(words)
         cause = cause.__cause__
     return ": ".join(parts)
 

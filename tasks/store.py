@@ -134,7 +134,8 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
 
 def unmemoized(out: Output) -> LocalHashFileDB:
     """The cache of an output without DVC's database of hashes, which a restore fills unread."""
-    return LocalHashFileDB(out.cache.fs, out.cache.path)
+    cache = out.local_cache  # `cache` is not for files outside of the project
+    return LocalHashFileDB(cache.fs, cache.path)
 
 
 def as_recorded(out: Output) -> bool:

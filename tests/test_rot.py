@@ -362,6 +362,28 @@ def test_a_rotten_source_file_stops_the_stage(made: Path) -> None:
     assert run(made).action == "run"
 
 
+@pytest.mark.parametrize("how", ["absolute", "relative"])
+def test_an_input_outside_of_the_project(toy: Path, tmp_path: Path, how: str) -> None:
+    """As a model in a folder of the user's: it is read, watched, and nothing here can mend it."""
+    text = tmp_path / "elsewhere/text"
+    text.parent.mkdir()
+    text.write_text("hello\n")
+    name = str(text) if how == "absolute" else os.path.relpath(text, toy)
+    (toy / "dvc.yaml").write_text(DATA.replace("data/rows.jsonl", name))
+    assert run(toy).action == "run"
+    assert run(toy).action == "unchanged"
+    assert check(toy).sound
+    rot(text)
+    assert [what for _, what in found(toy)] == ["damaged"]
+    (toy / "copy").unlink()
+    shutil.rmtree(toy / ".dvc/cache")
+    with pytest.raises(UserError, match="elsewhere/text: damaged: the bytes were changed"):
+        run(toy)
+    os.utime(text)
+    assert run(toy).action == "run"
+    assert (toy / "copy").read_bytes() == text.read_bytes()
+
+
 def test_rotten_data_is_restored_before_it_is_read(toy: Path, tracked: Path) -> None:
     rot(tracked)
     outcome = run(toy)

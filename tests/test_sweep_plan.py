@@ -140,6 +140,15 @@ def test_a_key_that_was_taken_out_is_refused_by_name(project: Path) -> None:
     refused(project, r"params.yaml: run.time_limits.quantize was taken out since the last commit")
 
 
+def test_a_model_that_candidates_would_not_find_is_refused_by_name(project: Path) -> None:
+    overrides.apply(project, {"base.source": "local", "base.path": "../theirs"})
+    refused(project, r"^\.\./theirs is outside of the project, .*: write the whole path")
+    overrides.apply(project, {"base.path": "mine"})
+    refused(project, r"^mine is not in Git, so other machines do not have it")
+    overrides.apply(project, {"base.path": "/theirs"})
+    assert plan.begin(project, of(), "run").base["base.path"] == "/theirs"
+
+
 def test_data_that_other_machines_do_not_have_is_refused_by_name(project: Path) -> None:
     shutil.copy(project / "data/travel.jsonl", project / "data/mine.jsonl")
     overrides.apply(project, {"adapters.travel.data": "data/mine.jsonl"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -68,6 +69,11 @@ def _check_files(root: Path, here: dict[str, Any], spec: Spec) -> None:
         with suppress(UserError):  # such a value was looked at before
             names |= set(_inputs(overrides.preview(here, one)))
     for path in sorted(names):
+        if os.path.normpath(path).startswith(".."):
+            raise UserError(
+                f"{path} is outside of the project, and candidates run in folders of their own: "
+                "write the whole path"
+            )
         if not _is_kept(root, path):
             raise UserError(
                 f"{path} is not in Git, so other machines do not have it: git add it, or dvc add "
@@ -119,7 +125,7 @@ def _inputs(values: params.Params) -> list[str]:
     """Files that params.yaml names."""
     found = [adapter.data for adapter in values.adapters.values()]
     found += [values.quantize.calibration_data, values.evaluate.text]
-    if values.base.source == "builtin":
+    if values.base.source in ("builtin", "local"):
         found.append(values.base.path)
     return [path for path in found if not Path(path).is_absolute()]
 

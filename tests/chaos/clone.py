@@ -14,7 +14,7 @@ from conftest import BIN, REPO
 from tests.chaos import processes, project
 from tests.chaos.processes import MARK
 
-RUN_SECONDS = 280
+RUN_SECONDS = 600
 
 
 class Clone:

@@ -20,6 +20,8 @@ NAMES = {
 }
 # The distribution of onnxruntime-genai that runs a provider; the plain one runs the others.
 GENAI = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}
+# pip takes the newest, which from 1.27 on is built for CUDA 13, and onnxruntime-genai-cuda for 12.
+BESIDE = {"cuda": ["onnxruntime-gpu==1.26.0"]}
 # Plain onnxruntime-genai: nothing of Olivepress is needed to run a package.
 SNIPPET = """\
 import onnxruntime_genai as og
@@ -102,10 +104,12 @@ def portable(path: str) -> str:
 
 
 def genai(provider: str, lineage: dict) -> str:
-    """The requirement that runs the package, of the version that made it."""
+    """The requirements that run the package, of the version that made it."""
     versions = lineage["package"]["record"]["versions"]
     made = next(versions[name] for name in versions if name.startswith("onnxruntime-genai"))
-    return f"{GENAI.get(provider, 'onnxruntime-genai')}=={made}"
+    return " ".join(
+        [f"{GENAI.get(provider, 'onnxruntime-genai')}=={made}", *BESIDE.get(provider, [])]
+    )
 
 
 def snippet(adapter: str, metrics: dict) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import stage
-from stages.card import GENAI
+from stages.card import BESIDE, GENAI
 from stages.errors import UserError
 from stages.export import PROVIDERS
 from stages.params import Export, Params
@@ -54,9 +54,10 @@ RECIPES = {
         "gpu",
         "NVIDIA GPU",
         HALF,
-        GENAI["cuda"],
-        ON_CPU,
-        "the GPU: its kernels, speed and memory",
+        f"{GENAI['cuda']} 0.14 and {BESIDE['cuda'][0]}, CUDA 12 and cuDNN 9",
+        f"{ON_CPU}; by hand, on an H100: the CPU's perplexity to 0.2 %, the same likeliest token "
+        "in 99 of 100 places, with adapters switched on and off",
+        "a smaller GPU",
     ),
     "dml": Recipe(
         "gpu",

@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from tiny import REPO, assert_refused, make_project, questions, run_stage, write_rows
 
+from stages import card
 from stages.errors import UserError
 from stages.evaluate import speed
 from stages.generation import Session
@@ -304,6 +305,14 @@ def test_a_model_for_another_machine_is_packaged_untried(project, tmp_path, monk
     assert "| **this package, adapter on** | not measured | not measured |" in card
     assert "The ONNX model was not run where it was made" in card
     assert "pip install onnxruntime-genai-directml==" in card
+
+
+def test_a_card_names_the_onnxruntime_that_genai_for_cuda_goes_with() -> None:
+    """pip would take the newest, built for another CUDA."""
+    lineage = {"package": {"record": {"versions": {"onnxruntime-genai": "0.14.1"}}}}
+    assert card.genai("cpu", lineage) == "onnxruntime-genai==0.14.1"
+    found = card.genai("cuda", lineage)
+    assert found == "onnxruntime-genai-cuda==0.14.1 onnxruntime-gpu==1.26.0"
 
 
 @pytest.mark.parametrize(

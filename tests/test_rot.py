@@ -377,7 +377,7 @@ def test_an_input_outside_of_the_project(toy: Path, tmp_path: Path, how: str) ->
     assert [what for _, what in found(toy)] == ["damaged"]
     (toy / "copy").unlink()
     shutil.rmtree(toy / ".dvc/cache")
-    with pytest.raises(UserError, match="elsewhere/text: damaged: the bytes were changed"):
+    with pytest.raises(bridge.StageFailed, match="elsewhere/text: damaged: the bytes were changed"):
         run(toy)
     os.utime(text)
     assert run(toy).action == "run"

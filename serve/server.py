@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 
 from serve.app import create_app
+from serve.connection import Connection
 from serve.engine import Engine
 from serve.gate import LOOPBACK
 from stages.errors import UserError
@@ -67,7 +68,7 @@ def configured(engine: Engine, bound: socket.socket, on_start: Callable[[], None
     app = create_app(engine, key, hosts)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS,
-        server_header=False, lifespan="on", ws="none",
+        server_header=False, lifespan="on", ws="none", http=Connection,
     )  # fmt: skip
     return Server(config, on_start)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -9,13 +10,20 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import pytest
 
+from serve import connection
 from tests.serving import HELLO, ask, eventually, refusal, served, slow, text_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def address(url: str) -> tuple[str, int]:
+    host, _, port = url.removeprefix("http://").partition(":")
+    return host, int(port)
 
 
 def test_too_many_wait(served_package: Path) -> None:
@@ -65,12 +73,12 @@ def test_a_client_that_goes_away_frees_its_slot(served_package: Path) -> None:
 def test_one_who_reads_slowly_stops_nobody(served_package: Path) -> None:
     """A client that takes nothing from its socket: others are answered meanwhile."""
     with slow(served_package, 0.005, slots=4, waiting=4) as (url, engine):
-        host, _, port = url.removeprefix("http://").partition(":")
+        host, port = address(url)
         much = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 200, "n": 2}
         body = json.dumps(HELLO | much).encode()
         with socket.socket() as mute:
             mute.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            mute.connect((host, int(port)))
+            mute.connect((host, port))
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             mute.sendall(head.encode() + body)
@@ -82,11 +90,47 @@ def test_one_who_reads_slowly_stops_nobody(served_package: Path) -> None:
             assert ask(url).status_code == 200
 
 
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: local"])
+def test_a_connection_without_a_whole_request_ends(served_package: Path, said: bytes) -> None:
+    with (
+        mock.patch.object(connection, "HEADER_SECONDS", 0.5),
+        slow(served_package, 0.1) as (url, _),
+        httpx.Client(base_url=url, timeout=60) as other,
+        socket.create_connection(address(url)) as silent,
+    ):
+        silent.settimeout(10)
+        silent.sendall(said)
+        # Meanwhile one who asks, and waits for longer than that.
+        answer = other.post("/v1/chat/completions", json=HELLO | {"max_tokens": 12})
+        assert answer.status_code == 200 and answer.elapsed.total_seconds() > 0.5
+        with contextlib.suppress(ConnectionResetError):
+            assert silent.recv(1000) == b""
+
+
+def test_a_connection_that_is_never_read_ends(served_package: Path) -> None:
+    with (
+        mock.patch.object(connection, "READ_SECONDS", 0.5),
+        slow(served_package, 0.001) as (url, _),
+        socket.socket() as mute,
+    ):
+        mute.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        mute.connect(address(url))
+        size, times = len(httpx.get(url).content), 2000
+        mute.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * times)
+        time.sleep(3)
+        mute.settimeout(10)
+        got = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := mute.recv(1 << 20):
+                got += len(part)
+        assert got < size * times / 2
+        assert ask(url).status_code == 200
+
+
 def test_500_connections(served_package: Path) -> None:
     """Some that say nothing, and a request on each of the others: answered, or refused in shape."""
     with served(served_package) as (url, _):
-        host, _, port = url.removeprefix("http://").partition(":")
-        silent = [socket.create_connection((host, int(port))) for _ in range(250)]
+        silent = [socket.create_connection(address(url)) for _ in range(250)]
         try:
             with ThreadPoolExecutor(250) as pool:
                 answers = list(pool.map(lambda _: ask(url, max_tokens=2), range(250)))

@@ -22,6 +22,7 @@ NAMES = {
 GENAI = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}
 # pip takes the newest, which from 1.27 on is built for CUDA 13, and onnxruntime-genai-cuda for 12.
 BESIDE = {"cuda": ["onnxruntime-gpu==1.26.0"]}
+WITH = {"cuda": " with CUDA 12 and cuDNN 9 installed"}
 # Plain onnxruntime-genai: nothing of Olivepress is needed to run a package.
 SNIPPET = """\
 import onnxruntime_genai as og
@@ -63,7 +64,7 @@ def card(manifest: dict[str, Any], metrics: dict[str, dict], lineage: dict, prov
         "switched on for a call. `lineage.json` and `bom.cdx.json` say what each part was made "
         "from, and `sha256sum -c SHA256SUMS` whether all is there.",
         "## Use",
-        f"`pip install {genai(provider, lineage)}`, then in this folder:",
+        f"`pip install {genai(provider, lineage)}`{WITH.get(provider, '')}, then in this folder:",
         f"```python\n{snippet(adapters[0], metrics[adapters[0]])}```",
         *(section(name, metrics[name], lineage, manifest["data"][name]) for name in adapters),
         "## Parameters",

@@ -17,7 +17,7 @@ import yaml
 
 from conftest import BIN, REPO, sh
 from stages.errors import UserError
-from tasks import bridge, command, overrides
+from tasks import bridge, command, integrity, overrides
 
 
 def run(root: Path, name: str = "first", limit: float = 60, **env: str) -> bridge.Outcome:
@@ -343,6 +343,17 @@ def test_progress_lines(line: str, step: tuple[int, int, str] | None) -> None:
 def test_outside_a_project_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder upwards holds \.dvc"):
         bridge.find_root(tmp_path)
+
+
+def test_an_error_without_words_is_named(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC asserts much; what it says of a stage that it could not run would be just that."""
+
+    def asserts(*args: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(integrity, "check_inputs", asserts)
+    with pytest.raises(bridge.StageFailed, match="failed to reproduce 'first': AssertionError"):
+        bridge.reproduce(toy, "first", lambda line: None, 60)
 
 
 def test_a_broken_dvc_yaml_is_a_message(toy: Path) -> None:

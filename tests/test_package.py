@@ -309,7 +309,9 @@ def test_a_model_for_another_machine_is_packaged_untried(project, tmp_path, monk
 
 def test_a_card_names_the_onnxruntime_that_genai_for_cuda_goes_with() -> None:
     """pip would take the newest, built for another CUDA."""
-    lineage = {"package": {"record": {"versions": {"onnxruntime-genai": "0.14.1"}}}}
+    made = importlib.metadata.version("onnxruntime-genai")
+    assert made == "0.14.1"  # with which the other was tried on a GPU; for the next, try again
+    lineage = {"package": {"record": {"versions": {"onnxruntime-genai": made}}}}
     assert card.genai("cpu", lineage) == "onnxruntime-genai==0.14.1"
     found = card.genai("cuda", lineage)
     assert found == "onnxruntime-genai-cuda==0.14.1 onnxruntime-gpu==1.26.0"

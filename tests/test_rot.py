@@ -363,13 +363,16 @@ def test_a_rotten_source_file_stops_the_stage(made: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["absolute", "relative"])
-def test_an_input_outside_of_the_project(toy: Path, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_an_input_outside_of_the_project(toy: Path, tmp_path: Path, how: str, what: str) -> None:
     """As a model in a folder of the user's: it is read, watched, and nothing here can mend it."""
     text = tmp_path / "elsewhere/text"
     text.parent.mkdir()
     text.write_text("hello\n")
-    name = str(text) if how == "absolute" else os.path.relpath(text, toy)
-    (toy / "dvc.yaml").write_text(DATA.replace("data/rows.jsonl", name))
+    path = text if what == "file" else text.parent
+    name = str(path) if how == "absolute" else os.path.relpath(path, toy)
+    stage = DATA.replace("cp data/rows.jsonl", f"cp {os.path.relpath(text, toy)}")
+    (toy / "dvc.yaml").write_text(stage.replace("data/rows.jsonl", name))
     assert run(toy).action == "run"
     assert run(toy).action == "unchanged"
     assert check(toy).sound

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -107,24 +109,66 @@ def test_a_connection_without_a_whole_request_ends(served_package: Path, said: b
             assert silent.recv(1000) == b""
 
 
-def test_a_connection_that_is_never_read_ends(served_package: Path) -> None:
+@pytest.fixture
+def small_buffers() -> Iterator[None]:
+    """The server's side of a connection holds a few kilobytes; otherwise it may be megabytes."""
+    begun = connection.Connection.connection_made
+
+    def with_small_buffer(self: connection.Connection, transport: asyncio.Transport) -> None:
+        ours = transport.get_extra_info("socket")
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        begun(self, transport)
+
+    with mock.patch.object(connection.Connection, "connection_made", with_small_buffer):
+        yield
+
+
+@pytest.mark.parametrize("times", [5, 2000])
+@pytest.mark.usefixtures("small_buffers")
+def test_a_connection_that_is_never_read_ends(served_package: Path, times: int) -> None:
+    """Also if what is left of the answer is little."""
     with (
         mock.patch.object(connection, "READ_SECONDS", 0.5),
         slow(served_package, 0.001) as (url, _),
         socket.socket() as mute,
     ):
-        mute.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        mute.connect(address(url))
-        size, times = len(httpx.get(url).content), 2000
-        mute.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * times)
+        size = len(httpx.get(url).content)
+        get(mute, url, times)
         time.sleep(3)
         mute.settimeout(10)
         got = 0
         with contextlib.suppress(ConnectionResetError):
             while part := mute.recv(1 << 20):
                 got += len(part)
-        assert got < size * times / 2
+        assert got < size * times
         assert ask(url).status_code == 200
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_a_connection_that_is_read_slowly_goes_on(served_package: Path) -> None:
+    """A page takes longer than nothing may be read, but something is read all the time."""
+    with (
+        mock.patch.object(connection, "READ_SECONDS", 1.5),
+        slow(served_package, 0.001) as (url, _),
+        socket.socket() as lazy,
+    ):
+        size = len(httpx.get(url).content)
+        get(lazy, url, 3)
+        lazy.settimeout(10)
+        began, got = time.monotonic(), 0
+        while got < size * 3:
+            part = lazy.recv(256)
+            assert part, f"ended after {got} bytes"
+            got += len(part)
+            time.sleep(0.05)
+        assert time.monotonic() - began > 3 * 1.5
+
+
+def get(client: socket.socket, url: str, times: int) -> None:
+    """Ask for the page, in one go, by a client that takes little at once."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.connect(address(url))
+    client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * times)
 
 
 def test_500_connections(served_package: Path) -> None:

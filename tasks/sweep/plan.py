@@ -69,10 +69,10 @@ def _check_files(root: Path, here: dict[str, Any], spec: Spec) -> None:
         with suppress(UserError):  # such a value was looked at before
             names |= set(_inputs(overrides.preview(here, one)))
     for path in sorted(names):
-        if os.path.normpath(path).startswith(".."):
+        if Path(os.path.normpath(path)).parts[:1] == ("..",):
             raise UserError(
                 f"{path} is outside of the project, and candidates run in folders of their own: "
-                "write the whole path"
+                "write the whole path, which every machine needs to have"
             )
         if not _is_kept(root, path):
             raise UserError(
@@ -125,8 +125,7 @@ def _inputs(values: params.Params) -> list[str]:
     """Files that params.yaml names."""
     found = [adapter.data for adapter in values.adapters.values()]
     found += [values.quantize.calibration_data, values.evaluate.text]
-    if values.base.source in ("builtin", "local"):
-        found.append(values.base.path)
+    found.append(values.base.path)  # dvc.yaml has it for every source
     return [path for path in found if not Path(path).is_absolute()]
 
 

@@ -1,4 +1,4 @@
-"""The clones that are killed in: real stages on the built-in model, and quick ones."""
+"""The clones that are killed in: real stages on the built-in model's files, and quick ones."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ for name in sys.argv[2:]:
                 time.sleep(0.05)
             file.write('"}')
 """
-# A run from scratch in 30 to 60 s on two cores; the gates are for models that are taught longer.
+# A run from scratch in a minute on two cores; the gates are for models that are taught longer.
 SMALL = {
     "finetune.max_steps": 12,
     "quantize.calibration_samples": 8,
@@ -88,10 +88,10 @@ def make(folder: Path, kind: str) -> Path:
     if kind == "real":
         copy_project(folder)
         base = Path(f"{folder}.base")  # the built-in model takes longest to make; once will do
-        if not base.exists():
-            sh("dvc", "repro", "fetch", cwd=folder)
-            shutil.move(folder / "models/base", base)
-            (folder / "dvc.lock").unlink()
+        shutil.rmtree(base, ignore_errors=True)
+        sh("dvc", "repro", "fetch", cwd=folder)
+        shutil.move(folder / "models/base", base)
+        (folder / "dvc.lock").unlink()
         overrides.apply(folder, {**SMALL, "base.source": "local", "base.path": str(base)})
     else:
         init_project(folder)

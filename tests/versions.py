@@ -142,7 +142,8 @@ def _run(
 
 def _last(text: str, word: str) -> str:
     """The last line with a word, else the last line; short, and fit for a cell of a table."""
-    known = "ERROR: failed to reproduce"  # DVC's own last line, below the reason
+    # DVC's own last line, below the reason, and pip's first of a traceback, above it.
+    known = ("ERROR: failed to reproduce", "ERROR: Exception:")
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith(known)]
     chosen = [line for line in lines if word in line] or lines or [""]
     return re.sub(r"\S*/(?=[\w.-]+)", "", chosen[-1]).replace("|", "\\|").strip()[:160]
@@ -210,6 +211,8 @@ def upgrade() -> int:
     bin = FOLDER / "latest/bin"
     shutil.rmtree(bin.parent, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", bin.parent], check=True)
+    # The pip that comes with Python 3.11 ends in InconsistentCandidate.
+    subprocess.run([bin / "pip", "install", "--quiet", "--upgrade", "pip"], check=True)
     if wrong := install(bin, ["setuptools", "-e", ".[dev]"], []):
         sys.exit(f"does not install: {wrong}")
     made, why = pipeline(bin, "olivepress run")

@@ -26,7 +26,7 @@ fuzz: install  ## 100,000 cases for the readers of what others wrote, some minut
 	$(BIN)/python -m tests.fuzz --cases 100000
 
 # Without --disable-pip it would resolve the lock anew, in an environment of its own.
-audit: .audit  ## known weaknesses in what the lock installs; asks pypi.org
+audit: .audit  ## known weaknesses in what the lock installs; asks the package index
 	.audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock
 
 .audit:  ## pip-audit, in an environment of its own

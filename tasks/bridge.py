@@ -38,6 +38,7 @@ from tasks.need import (
     Action,
     Inputs,
     Need,
+    check_files,
     inputs_changed,
     inputs_of,
     need_of,
@@ -256,6 +257,8 @@ def _bring_up_to_date(
             return found
         need = need_of(stage)
         reasons = [*found, *need.reasons]
+    if need.action == "run":
+        check_files(stage)
     key = _key_now(stage) if flight and need.action == "run" else None
     if not flight or not key:
         return _do(repo, name, job, elsewhere) + reasons

@@ -11,6 +11,7 @@ from dvc.exceptions import DvcException
 from dvc.stage import PipelineStage
 from dvc.stage.serialize import to_single_stage_lockfile
 
+from stages.errors import UserError
 from stages.stage import TOOLCHAIN, read_json, versions
 
 Action = Literal["unchanged", "restore", "run"]
@@ -45,6 +46,30 @@ def inputs_of(stage: PipelineStage) -> Inputs:
         and not any(_overlap(Path(dep.fs_path), out) for out in made)
     ]
     return Inputs([up.addressing for up in above], files)
+
+
+def check_files(stage: PipelineStage) -> None:
+    """Check that what a stage reads, and no stage makes, is there.
+
+    Raises:
+        UserError: it is not; with the parameters that name it.
+    """
+    params = [dep.read_params() for dep in stage.deps if isinstance(dep, ParamsDependency)]
+    for name in inputs_of(stage).files:
+        if not (Path(stage.repo.root_dir) / name).exists():
+            keys = [key for tree in params for key in _keys_of(name, tree)]
+            raise UserError(": ".join([*keys[:1], name, "not found"]))
+
+
+def _keys_of(value: str, tree: dict[str, Any], above: str = "") -> list[str]:
+    """Dotted names of the parameters that have this value."""
+    found = []
+    for key, one in tree.items():
+        if isinstance(one, dict):
+            found += _keys_of(value, one, f"{above}{key}.")
+        elif one == value:
+            found.append(f"{above}{key}")
+    return found
 
 
 def _overlap(one: Path, other: Path) -> bool:

@@ -345,6 +345,22 @@ def test_outside_a_project_the_error_says_so(tmp_path: Path) -> None:
         bridge.find_root(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model", "data/model", "/nonexistent/model"])
+def test_an_input_that_is_not_there_is_named_with_its_parameter(toy: Path, name: str) -> None:
+    """DVC says `[Errno 2] No such file or directory` of some, and no name of a parameter."""
+    project = (toy / "dvc.yaml").read_text().replace("quantize.bits]", "quantize.bits, base]")
+    (toy / "dvc.yaml").write_text(project.replace("in.txt,", '"${base.path}",'))
+    overrides.apply(toy, {"base.path": name})
+    for _ in range(2):
+        with pytest.raises(bridge.StageFailed) as failed:
+            run(toy)
+        assert str(failed.value) == f"first: base.path: {name}: not found"
+    (toy / "first.py").unlink()
+    overrides.apply(toy, {"base.path": "in.txt"})
+    with pytest.raises(bridge.StageFailed, match=r"^first: first\.py: not found$"):
+        run(toy)
+
+
 def test_an_error_without_words_is_named(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DVC asserts much; what it says of a stage that it could not run would be just that."""
 

@@ -32,6 +32,10 @@ def sign(
     sigstore: Annotated[
         bool, typer.Option("--sigstore", help="Sign by an identity, through sigstore.dev.")
     ] = False,
+    trust_config: Annotated[
+        Path | None,
+        typer.Option(help="Through another Sigstore: its addresses and keys, in JSON."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Sign a package with a key, or by an identity; olivepress publish sends the signature along.
@@ -47,12 +51,14 @@ def sign(
     try:
         if bool(key) == sigstore:
             raise UserError("give either --key KEY or --sigstore")
-        key = key and key.absolute()
+        if trust_config and key:
+            raise UserError("--trust-config goes with --sigstore")
+        key, trust_config = key and key.absolute(), trust_config and trust_config.absolute()
         root, folder = _places(package, project=True)
         with without_gc():
             from tasks import signing
 
-        place = signing.sign(folder, key, root)
+        place = signing.sign(folder, key, root, trust_config)
     except UserError as error:
         stop(str(error))
     if as_json:
@@ -67,6 +73,7 @@ def check(
     key: Path | None,
     identity: str,
     issuer: str,
+    trust_config: Path | None,
     signature: Path | None,
     signed: bool,
     project: bool,
@@ -77,6 +84,7 @@ def check(
     with Console(stderr=True).status("reading") as status:
         try:
             key, signature = key and key.absolute(), signature and signature.absolute()
+            trust_config = trust_config and trust_config.absolute()
             root, folder = _places(package, project)
             with without_gc():
                 from tasks.origin import verify_package
@@ -85,7 +93,7 @@ def check(
             findings = verify_package(
                 folder,
                 root=root,
-                trusted=Trusted(key, identity, issuer),
+                trusted=Trusted(key, identity, issuer, trust_config),
                 signature=signature,
                 signed=signed,
                 again=rebuild,

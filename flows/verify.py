@@ -40,6 +40,9 @@ def verify(  # noqa: PLR0917
         str, typer.Option(help="Who signed with Sigstore, such as a mail address.")
     ] = "",
     issuer: Annotated[str, typer.Option(help="Who vouches for it: the address of a login.")] = "",
+    trust_config: Annotated[
+        Path | None, typer.Option(help="A Sigstore other than sigstore.dev: its keys, in JSON.")
+    ] = None,
     signature: Annotated[
         Path | None, typer.Option(help="Its file.", show_default="model.sig, there or beside")
     ] = None,
@@ -68,6 +71,7 @@ def verify(  # noqa: PLR0917
             key=key,
             identity=identity,
             issuer=issuer,
+            trust_config=trust_config,
             signature=signature,
             signed=signed,
             project=project,
@@ -75,7 +79,7 @@ def verify(  # noqa: PLR0917
             as_json=as_json,
         )
         return
-    if signed or rebuild or signature or identity or issuer or not project:
+    if signed or rebuild or signature or identity or issuer or trust_config or not project:
         stop("that option needs a PACKAGE, for instance models/package")
     with in_project() as root:
         from tasks import repair as repairs

@@ -38,12 +38,16 @@ class Trusted:
     """As the certificate names it, such as a mail address."""
     issuer: str = ""
     """The address of the OpenID Connect provider that vouched for it."""
+    trust_config: Path | None = None
+    """A ClientTrustConfig in JSON, with the keys of a Sigstore other than sigstore.dev."""
 
     def __post_init__(self) -> None:
         if bool(self.identity) != bool(self.issuer):
             raise UserError("--identity and --issuer go together: who signed, and who says so")
         if self.key and self.identity:
             raise UserError("--key or --identity: a signature is made in one of the two ways")
+        if self.trust_config and not self.identity:
+            raise UserError("--trust-config goes with --identity and --issuer")
 
     def __bool__(self) -> bool:
         return bool(self.key or self.identity)
@@ -55,13 +59,16 @@ def of_package(folder: Path) -> Path | None:
     return next((place for place in places if os.path.lexists(place)), None)
 
 
-def sign(folder: Path, key: Path | None, root: Path | None) -> Path:
+def sign(
+    folder: Path, key: Path | None, root: Path | None, trust_config: Path | None = None
+) -> Path:
     """Sign a package whose sums are right, and return where the signature is.
 
     Args:
         key: a private key in PEM, with its password in PASSWORD; None to sign with Sigstore, by the
             identity of the machine where it has one, else through the browser.
         root: the project, if there is one.
+        trust_config: of the Sigstore to sign with, as in `Trusted`; None for sigstore.dev.
 
     Raises:
         UserError: the package is not what was written; the key cannot be used; Sigstore refuses.
@@ -79,7 +86,8 @@ def sign(folder: Path, key: Path | None, root: Path | None) -> Path:
                 private_key=key, password=password.encode() if password else None
             )
     else:
-        config.use_sigstore_signer(use_ambient_credentials=True)
+        with _explained(f"{trust_config or 'sigstore.dev'}: no Sigstore to sign with"):
+            config.use_sigstore_signer(use_ambient_credentials=True, trust_config=trust_config)
     watched = root is not None and folder.resolve() == (root / PACKAGE).resolve()
     place = (folder.parent if watched else folder) / SIGNATURE
     with new_output(place) as out, _explained("not signed"):
@@ -103,8 +111,12 @@ def check(folder: Path, signature: Path, trusted: Trusted) -> None:
         with _explained(f"{trusted.key}: not a public key that can be used here"):
             config.use_elliptic_key_verifier(public_key=trusted.key)
     else:
-        with _explained("Sigstore's own keys cannot be had"):
-            config.use_sigstore_verifier(identity=trusted.identity, oidc_issuer=trusted.issuer)
+        with _explained(f"{trusted.trust_config or 'sigstore.dev'}: no keys of a Sigstore"):
+            config.use_sigstore_verifier(
+                identity=trusted.identity,
+                oidc_issuer=trusted.issuer,
+                trust_config=trusted.trust_config,
+            )
     with _explained("is no signature by whom it should be"):
         try:
             config.verify(folder, signature)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conftest import REPO, sh
+from conftest import REPO, sh, typed
 
 STAGES = [
     *("toolchain", "fetch", "prepare@travel", "quantize", "measure", "finetune@travel"),
@@ -38,7 +38,9 @@ def commit(folder: Path, message: str) -> None:
 def olivepress(folder: Path, *args: str, api: str | None = None) -> Any:
     """Run the command and read its JSON."""
     env = {"PREFECT_API_URL": api} if api else {}
-    return json.loads(sh("olivepress", *args, "--json", cwd=folder, **env).stdout)
+    done = typed(*args, "--json", cwd=folder, **env)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
 
 
 def run(folder: Path, api: str, *args: str) -> dict[str, str]:

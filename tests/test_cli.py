@@ -51,8 +51,8 @@ def test_every_command_has_help(command: str, tmp_path: Path) -> None:
 
 
 def test_outside_a_project(tmp_path: Path) -> None:
-    done = sh("olivepress", "status", cwd=tmp_path, check=False)
-    assert done.returncode == 1
+    done = typed("status", cwd=tmp_path)
+    assert done.exit_code == 1
     assert "no folder upwards holds .dvc" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -73,7 +73,7 @@ def test_run_works_from_a_folder_below(toy: Path, api: str) -> None:
 
 def test_status_in_words_and_as_json(toy: Path, api: str) -> None:
     assert typed("run", cwd=toy, PREFECT_API_URL=api).exit_code == 0
-    assert sh("olivepress", "status", cwd=toy).stdout.split() == [
+    assert typed("status", cwd=toy).stdout.split() == [
         *("up", "to", "date", "first", "up", "to", "date", "each@travel")
     ]
     params = toy / "params.yaml"
@@ -101,8 +101,8 @@ def test_run_with_a_bad_setting(toy: Path, api: str, setting: str, message: str)
 
 def test_a_failed_stage_is_told_once_without_a_traceback(toy: Path, api: str) -> None:
     (toy / "first.py").write_text("import sys\nsys.exit('first: row 3 is bad')\n")
-    done = sh("olivepress", "run", cwd=toy, check=False, PREFECT_API_URL=api)
-    assert done.returncode == 1 and done.stdout.startswith("Failed    first")
+    done = typed("run", cwd=toy, PREFECT_API_URL=api)
+    assert done.exit_code == 1 and done.stdout.startswith("Failed    first")
     assert "olivepress: first: row 3 is bad" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
@@ -206,8 +206,8 @@ def test_generate_before_there_is_a_package(toy: Path) -> None:
 
 
 def test_generate_streams_and_adapters_switch(lab: Path) -> None:
-    answer = sh("olivepress", "generate", "What day follows Sunday?", "--adapter", "none", cwd=lab)
-    assert "Monday" in answer.stdout
+    done = typed("generate", "What day follows Sunday?", "--adapter", "none", cwd=lab)
+    assert done.exit_code == 0 and "Monday" in done.stdout
     done = typed("generate", "x", "--adapter", "nope", cwd=lab)
     assert done.exit_code == 1 and "choose one of travel, none" in done.stderr
 

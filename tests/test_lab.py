@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import sh
+from conftest import sh, typed
 from lab import STAGES, commit, content, olivepress, run, stale
 
 QUESTION = "Which dishes should I try in Lisbon?"
@@ -241,6 +241,6 @@ def test_a_second_adapter_costs_only_its_own_stages_in_a_colleagues_clone(
 
 @pytest.mark.parametrize("path", ["data/travel.jsonl", "nothing-here"])
 def test_lineage_of_what_no_stage_made(lab: Path, path: str) -> None:
-    done = sh("olivepress", "lineage", path, cwd=lab, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = typed("lineage", path, cwd=lab)
+    assert done.exit_code == 1 and "Traceback" not in done.stderr
     assert "no stage made this" in done.stderr or "no such file" in done.stderr

@@ -102,7 +102,8 @@ def clone(
 def test_a_clone_computes_nothing_of_now_or_before(
     clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = sh("olivepress", "pull", cwd=clone)
+    done = typed("pull", cwd=clone)
+    assert done.exit_code == 0, done.output
     assert re.search(r"pull: \d+ files, .* store azure://box/toy", done.stdout)
     assert sh("git", "status", "--porcelain", cwd=clone).stdout == ""
     assert make(clone, monkeypatch) == ["unchanged", "unchanged"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from conftest import REPO, TOY, init_project, sh
+from conftest import REPO, TOY, init_project, sh, typed
 from figures import MEASURED
 from flows import report
 from lab import STAGES, commit, olivepress
@@ -130,7 +130,7 @@ def test_the_report_of_the_lab(lab: Path) -> None:
 
 
 def test_the_report_says_where_each_stage_comes_from(lab: Path, tmp_path: Path) -> None:
-    sh("olivepress", "report", "--out", str(tmp_path / "deep/er"), cwd=lab)
+    assert typed("report", "--out", str(tmp_path / "deep/er"), cwd=lab).exit_code == 0
     page = Page(tmp_path / "deep/er/index.html")
     chain = {one["stage"]: one for one in olivepress(lab, "lineage", "models/package")}
     keys = {attributes.get("title") for attributes in page.named("code")}
@@ -141,8 +141,8 @@ def test_the_report_says_where_each_stage_comes_from(lab: Path, tmp_path: Path) 
 
 
 def test_nothing_to_report_says_what_to_run(project: Path) -> None:
-    done = sh("olivepress", "report", cwd=project, check=False)
-    assert done.returncode == 1 and not (project / "report").exists()
+    done = typed("report", cwd=project)
+    assert done.exit_code == 1 and not (project / "report").exists()
     assert "nothing to report yet" in done.stderr and "`olivepress run` makes them" in done.stderr
     assert "Traceback" not in done.stderr
 

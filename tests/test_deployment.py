@@ -1,4 +1,4 @@
-"""prefect.yaml with real commands: a worker, deploy, run with overrides, watch to the end."""
+"""prefect.yaml with real commands: a worker, deploy, run with overrides, watch, schedules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import DeploymentSchedule, State
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.deployments import run_deployment
+from sweeping import wait_until
 from test_flow import states, task_runs
 
 from conftest import BIN, REPO, hears_ctrl_c, sh
@@ -42,7 +46,13 @@ def worker(toy: Path, api: str) -> Iterator[dict[str, str]]:
 def test_deployment_run_from_a_clone(toy: Path, worker: dict[str, str], api: str) -> None:
     shutil.copy(REPO / "prefect.yaml", toy)
     shutil.copytree(REPO / "flows", toy / "flows")
-    deploy(toy, worker)
+    wait_until(has_pool)  # the worker makes it
+    sh("prefect", "--no-prompt", "deploy", "--all", cwd=toy, **worker)
+    night, poll = schedule("optimize/nightly"), schedule("refresh/local")
+    assert isinstance(night.schedule, CronSchedule) and night.schedule.cron == "0 2 * * *"
+    assert isinstance(poll.schedule, IntervalSchedule) and poll.schedule.interval.seconds == 300
+    assert not night.active and not poll.active
+
     said = sh(
         *("prefect", "deployment", "run", "optimize/local", "--watch"),
         *("-p", 'overrides={"quantize.bits": 8}'),
@@ -52,39 +62,32 @@ def test_deployment_run_from_a_clone(toy: Path, worker: dict[str, str], api: str
     assert "bits: 8" in (toy / "params.yaml").read_text()
     assert (toy / "out/each-travel").exists()
     assert states(task_runs(run_id(said))) == {"first": "Completed", "each@travel": "Completed"}
-    again = sh("prefect", "deployment", "run", "optimize/local", "--watch", cwd=toy, **worker)
-    assert set(states(task_runs(run_id(again.stdout))).values()) == {"Cached"}
 
-    publish = sh(
-        *("prefect", "deployment", "run", "optimize-and-publish/local", "--watch"),
-        *("-p", "name=toy"),
-        cwd=toy,
-        check=False,
-        **worker,
-    )
-    assert (
-        message(publish.stdout)
-        == "publish: models/package is not there yet; olivepress run makes it"
-    )
+    publish = end_of("optimize-and-publish/local", name="toy")
+    assert publish.is_failed()
+    assert publish.message == "publish: models/package is not there yet; olivepress run makes it"
 
     (toy / "first.py").write_text("import sys\nsys.exit('first: no such luck')\n")
-    failed = sh(
-        *("prefect", "deployment", "run", "optimize/local", "--watch"),
-        cwd=toy,
-        check=False,
-        **worker,
-    )
-    assert failed.returncode == 1 and "finished in state 'Failed'" in failed.stdout
-    assert message(failed.stdout) == "first: no such luck"
+    failed = end_of("optimize/local")
+    assert failed.is_failed() and failed.message == "first: no such luck"
+
+    resume = ("prefect", "deployment", "schedule", "resume", "refresh/local")
+    sh(*resume, str(poll.id), cwd=toy, **worker)
+    assert schedule("refresh/local").active
+    with get_client(sync_client=True) as client:
+        client.delete_deployment(client.read_deployment_by_name("refresh/local").id)
 
 
-def deploy(toy: Path, env: dict[str, str]) -> None:
-    """Deploy, once the worker has made its pool."""
-    for _ in range(30):
-        done = sh("prefect", "--no-prompt", "deploy", "--all", cwd=toy, check=False, **env)
-        if done.returncode == 0 and "successfully" in done.stdout:
-            return
-    pytest.fail(f"{done.stdout}\n{done.stderr}")
+def has_pool() -> bool:
+    with get_client(sync_client=True) as client:
+        return "local-pool" in [pool.name for pool in client.read_work_pools()]
+
+
+def schedule(deployment: str) -> DeploymentSchedule:
+    """The one schedule of a deployment."""
+    with get_client(sync_client=True) as client:
+        (found,) = client.read_deployment_by_name(deployment).schedules
+    return found
 
 
 def run_id(said: str) -> UUID:
@@ -93,8 +96,10 @@ def run_id(said: str) -> UUID:
     return UUID(lines[0].split("UUID:")[1].strip())
 
 
-def message(said: str) -> str | None:
-    """The last state's message of the run that `prefect deployment run` started."""
-    with get_client(sync_client=True) as client:
-        state = client.read_flow_run(run_id(said)).state
-    return state.message if state else None
+def end_of(deployment: str, **parameters: str) -> State:
+    """The final state of a run of it."""
+    run = run_deployment(
+        deployment, parameters=parameters, timeout=120, poll_interval=0.5, as_subflow=False
+    )
+    assert run.state
+    return run.state

@@ -16,11 +16,10 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterParentFlowRunId,
 )
-from prefect.client.schemas.objects import DeploymentSchedule, State
-from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.client.schemas.objects import State
 from test_flow import flow_run_id, logs, states, task_runs
 
-from conftest import REPO, sh
+from conftest import sh
 from flows.refresh import refresh
 
 pytestmark = pytest.mark.usefixtures("api")
@@ -221,30 +220,3 @@ def test_a_stage_at_work_is_not_disturbed(toy: Path, shared: Path) -> None:
     assert not stages and (toy / "in.txt").read_text() == "hello\n"
     sh("git", "checkout", "first.py", cwd=toy)
     assert set(run()[1].values()) == {"Completed"}  # what is left of a killed one blocks nothing
-
-
-def test_deployed_schedules_wait_to_be_switched_on(toy: Path, api: str) -> None:
-    env = {"PREFECT_API_URL": api, "PREFECT_HOME": os.environ["PREFECT_HOME"]}
-    shutil.copy(REPO / "prefect.yaml", toy)
-    shutil.copytree(REPO / "flows", toy / "flows")
-    pool = ("work-pool", "create", "--type", "process", "--overwrite", "local-pool")
-    sh("prefect", *pool, cwd=toy, **env)
-    sh("prefect", "--no-prompt", "deploy", "--all", cwd=toy, **env)
-    night, poll = schedule("optimize/nightly"), schedule("refresh/local")
-    assert isinstance(night.schedule, CronSchedule) and night.schedule.cron == "0 2 * * *"
-    assert isinstance(poll.schedule, IntervalSchedule) and poll.schedule.interval.seconds == 300
-    assert not night.active and not poll.active
-
-    shown = ("prefect", "deployment", "schedule", "ls", "refresh/local")
-    assert str(poll.id) in sh(*shown, cwd=toy, COLUMNS="200", **env).stdout
-    resume = ("prefect", "deployment", "schedule", "resume", "refresh/local")
-    sh(*resume, str(poll.id), cwd=toy, **env)
-    assert schedule("refresh/local").active
-    sh("prefect", "deployment", "delete", "refresh/local", cwd=toy, **env)
-
-
-def schedule(deployment: str) -> DeploymentSchedule:
-    """The one schedule of a deployment."""
-    with get_client(sync_client=True) as client:
-        (found,) = client.read_deployment_by_name(deployment).schedules
-    return found

@@ -155,25 +155,6 @@ def test_the_server_of_another_clone_is_not_taken_for_ours(toy: Path, api: str) 
         other.wait()
 
 
-def test_a_port_that_another_server_took_in_the_meantime(
-    toy: Path, api: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clone then used that server, whose it was not, and its runs were in another's history."""
-    taken = int(api.split(":")[2].partition("/")[0])
-    free, asked = server.free_port, []
-    monkeypatch.setattr(
-        server, "free_port", lambda *first: taken if not asked.append(first) and len(asked) == 1
-        else free(*first),
-    )  # fmt: skip
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setenv("PREFECT_HOME", str(toy / "no-profile"))
-    try:
-        url = server.ensure(toy)
-        assert url != api and server.is_own(toy, url)
-    finally:
-        server.stop(toy)
-
-
 def test_a_turn_is_given_back_by_a_kill(toy: Path) -> None:
     code = (
         "from pathlib import Path; from tasks import alive; import time\n"

@@ -152,17 +152,24 @@ def test_no_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
             server.free_port(taken.getsockname()[1])
 
 
-def test_ui_and_down(toy: Path, tmp_path: Path) -> None:
-    """Its own server: loopback, SQLite in the project, outlives a warning, stopped by `down`."""
-    clean = {"PREFECT_HOME": str(tmp_path / "no-profile")}
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    said = subprocess.run(
-        [BIN / "olivepress", "ui"], cwd=toy, env={**env, **clean}, capture_output=True, text=True,
-        check=True,
-    ).stdout.strip()  # fmt: skip
+def test_ui_and_down(toy: Path, api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own server: loopback, SQLite in the project, outlives a warning, stopped by `down`.
+
+    Another server takes its port in the meantime; the clone once used that one, and its runs were
+    in another's history.
+    """
+    taken = int(api.split(":")[2].partition("/")[0])
+    free, asked = server.free_port, []
+    monkeypatch.setattr(
+        server, "free_port", lambda *first: taken if not asked.append(first) and len(asked) == 1
+        else free(*first),
+    )  # fmt: skip
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(toy / "no-profile"))
+    said = typed("ui", cwd=toy).stdout.strip()
     try:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", said)
-        assert server.answers(f"{said}/api")
+        assert f"{said}/api" != api and server.is_own(toy, f"{said}/api")
         assert (toy / ".prefect/prefect.db").exists()
         for _ in range(3):  # each leaves a warning in the server's log, which ended it once
             with connect(
@@ -174,10 +181,7 @@ def test_ui_and_down(toy: Path, tmp_path: Path) -> None:
         assert server.answers(f"{said}/api")
         assert "Expected 'auth' message first" in (toy / ".prefect/server.log").read_text()
     finally:
-        stopped = subprocess.run(
-            [BIN / "olivepress", "down"], cwd=toy, env={**env, **clean}, capture_output=True,
-            text=True, check=True,
-        ).stdout  # fmt: skip
+        stopped = typed("down", cwd=toy).stdout
     assert stopped == "stopped\n" and not server.answers(f"{said}/api")
     assert not (toy / "prefect.toml").exists()
 

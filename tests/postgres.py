@@ -34,15 +34,19 @@ def programs() -> Path | None:
 class Postgres:
     """A server with one role, `prefect`, and one database of that name; no passwords.
 
+    Args:
+        settings: of postgresql.conf, for instance `fsync=off`.
+
     Raises:
         RuntimeError: it is not installed, or did not start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *settings: str) -> None:
         found = programs()
         if not found:
             raise RuntimeError("PostgreSQL is not installed: apt-get install postgresql")
         self.programs = found
+        self.settings = settings
         self.port = free_port(5440)
         self.url = f"postgresql+asyncpg://prefect@127.0.0.1:{self.port}/prefect"
 
@@ -55,12 +59,14 @@ class Postgres:
             os.chown(self.folder, user.pw_uid, user.pw_gid)
             self._as |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         data = self.folder / "data"
-        self._do("initdb", "--auth=trust", "--username=prefect", "--encoding=UTF8", str(data))
+        made = ("--auth=trust", "--username=prefect", "--encoding=UTF8", "--no-sync", str(data))
+        self._do("initdb", *made)
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 [
                     *(self.programs / "postgres", "-D", data, "-k", self.folder),
                     *("-p", str(self.port), "-c", "listen_addresses=127.0.0.1"),
+                    *(word for setting in self.settings for word in ("-c", setting)),
                 ],
                 stdout=log,
                 stderr=log,

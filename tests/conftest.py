@@ -88,6 +88,14 @@ def typed(*args: str, cwd: Path, **env: str) -> Result:
     return done
 
 
+def reproduce(project: Path) -> None:
+    """Bring every stage up to date, as `dvc repro` does; the test runs in the project."""
+    from tasks import bridge
+
+    for stage in bridge.graph(project):
+        bridge.reproduce(project, stage, print, 60)
+
+
 def hears_ctrl_c() -> None:
     """For a child process: undo that a job in the background of a script ignores SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from conftest import BIN, hears_ctrl_c, sh, typed
+from conftest import BIN, hears_ctrl_c, reproduce, sh, typed
 from figures import MEASURED
 from lab import olivepress
 from stages.errors import UserError
@@ -360,7 +360,7 @@ def test_disk_for_the_hubs_own_copy(
 
 
 def test_lineage_of_a_file_that_was_changed_says_so(toy: Path) -> None:
-    sh("dvc", "repro", cwd=toy)
+    reproduce(toy)
     assert "warning" not in typed("lineage", "out/first", cwd=toy).stdout
     (toy / "out/first").write_text("edited")
     said = typed("lineage", "out/each-travel", cwd=toy).stdout

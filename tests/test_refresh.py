@@ -19,7 +19,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import State
 from test_flow import flow_run_id, logs, states, task_runs
 
-from conftest import sh
+from conftest import reproduce, sh
 from flows.refresh import refresh
 
 pytestmark = pytest.mark.usefixtures("api")
@@ -64,7 +64,7 @@ def shared(toy: Path, tmp_path: Path) -> Path:
     sh("git", "remote", "add", "origin", str(tmp_path / "up.git"), cwd=toy)
     sh("git", "push", "--quiet", "--set-upstream", "origin", "HEAD", cwd=toy)
     sh("git", "clone", "--quiet", "up.git", "colleague", cwd=tmp_path)
-    sh("dvc", "repro", "--quiet", cwd=toy)
+    reproduce(toy)
     return tmp_path / "colleague"
 
 
@@ -76,14 +76,14 @@ def push(colleague: Path, message: str, **files: str) -> None:
 
 
 def test_nothing_changed_starts_no_stage(toy: Path) -> None:
-    sh("dvc", "repro", cwd=toy)
+    reproduce(toy)
     state, stages = run()
     assert state.is_completed() and state.message == "nothing changed" and not stages
     assert not task_runs(flow_run_id(state)) and not children(flow_run_id(state))
 
 
 def test_changed_data_runs_what_it_makes_stale(toy: Path) -> None:
-    sh("dvc", "repro", cwd=toy)
+    reproduce(toy)
     (toy / "in.txt").write_text("news\n")
     state, stages = run()
     assert state.is_completed() and state.message == "first: in.txt modified; 1 more"

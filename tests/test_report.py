@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from conftest import REPO, TOY, init_project, sh, typed
+from conftest import REPO, TOY, init_project, reproduce, sh, typed
 from figures import MEASURED
 from flows import report
 from lab import STAGES, commit, olivepress
 from stages.errors import UserError
-from tasks import bridge, overrides
+from tasks import overrides
 
 
 class Page(HTMLParser):
@@ -249,8 +249,7 @@ def test_a_damaged_file_is_named(project: Path, path: str) -> None:
 def test_a_run_with_nothing_to_do_draws_nothing(toy: Path, api: str) -> None:
     """It must not take longer for the report: matplotlib alone is a second."""
     measured(toy)
-    for stage in bridge.graph(toy):
-        bridge.reproduce(toy, stage, print, 60)
+    reproduce(toy)
     env = {"PREFECT_API_URL": api, "PYTHONPROFILEIMPORTTIME": "1"}
     done = sh("olivepress", "run", cwd=toy, **env)
     assert done.stdout.startswith("Cached") and " prefect\n" in done.stderr

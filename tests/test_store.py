@@ -95,7 +95,7 @@ def test_dvc_lock_is_read_while_it_is_written(toy: Path, writer: str) -> None:
     """Runs failed at random: DVC writes in place, and another stage's thread read half of it."""
     adapters = {f"adapters.a{i}.data": "x" for i in range(8)}
     overrides.apply(toy, adapters)
-    sh("dvc", "repro", cwd=toy)
+    run_all(toy)
     names = locked(toy)
     assert len(names) == 10
     code = WRITER if writer == "dvc" else f"import tasks.bridge\n{WRITER}"

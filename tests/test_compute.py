@@ -154,7 +154,8 @@ def logs(api: str, flow_run: str) -> str:
 
 def test_a_stage_runs_there_and_is_here_afterwards(project: Path, cloud: Azure, api: str) -> None:
     run = ("run", "--json")
-    done = sh("olivepress", *run, cwd=project, PREFECT_API_URL=api)
+    done = typed(*run, cwd=project, PREFECT_API_URL=api)
+    assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     rows = {row["stage"]: row for row in report["stages"]}
     assert rows["first"]["state"] == "Completed"
@@ -246,10 +247,9 @@ def test_a_job_that_cannot_start_is_told_with_the_reason(project: Path, cloud: A
     error = {"code": "ImageBuildFailure", "message": "Image build failed.\nSee the log."}
     ended = {"status": "Failed", "error": {"error": error}, "logFiles": {}}
     cloud.fault(path="/details", status=200, body=ended)
-    said = last_line(project, cloud)
+    said = refusal(cloud)
     assert said == (
-        f"first: job {jobs(cloud)[-1]} failed: its environment could not be built: "
-        "Image build failed.\n"
+        f"job {jobs(cloud)[-1]} failed: its environment could not be built: Image build failed."
     )
     assert len(jobs(cloud)) == 2 and jobs(cloud)[-1].endswith("-2")
 

@@ -110,22 +110,28 @@ def test_a_connection_without_a_whole_request_ends(served_package: Path, said: b
 
 
 @pytest.fixture
-def small_buffers() -> Iterator[None]:
-    """The server's side of a connection holds a few kilobytes; otherwise it may be megabytes."""
+def small_buffers() -> Iterator[list[asyncio.Transport]]:
+    """The server's side of a connection holds a few kilobytes; otherwise it may be megabytes.
+
+    Yields the transports of all connections, in the order in which they were made.
+    """
     begun = connection.Connection.connection_made
+    made: list[asyncio.Transport] = []
 
     def with_small_buffer(self: connection.Connection, transport: asyncio.Transport) -> None:
         ours = transport.get_extra_info("socket")
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made.append(transport)
         begun(self, transport)
 
     with mock.patch.object(connection.Connection, "connection_made", with_small_buffer):
-        yield
+        yield made
 
 
 @pytest.mark.parametrize("times", [5, 2000])
-@pytest.mark.usefixtures("small_buffers")
-def test_a_connection_that_is_never_read_ends(served_package: Path, times: int) -> None:
+def test_a_connection_that_is_never_read_ends(
+    served_package: Path, small_buffers: list[asyncio.Transport], times: int
+) -> None:
     """Also if what is left of the answer is little."""
     with (
         mock.patch.object(connection, "READ_SECONDS", 0.5),
@@ -134,7 +140,7 @@ def test_a_connection_that_is_never_read_ends(served_package: Path, times: int) 
     ):
         size = len(httpx.get(url).content)
         get(mute, url, times)
-        time.sleep(3)
+        eventually(lambda: len(small_buffers) == 2 and small_buffers[1].is_closing())
         mute.settimeout(10)
         got = 0
         with contextlib.suppress(ConnectionResetError):
@@ -148,7 +154,7 @@ def test_a_connection_that_is_never_read_ends(served_package: Path, times: int) 
 def test_a_connection_that_is_read_slowly_goes_on(served_package: Path) -> None:
     """A page takes longer than nothing may be read, but something is read all the time."""
     with (
-        mock.patch.object(connection, "READ_SECONDS", 1.5),
+        mock.patch.object(connection, "READ_SECONDS", 0.75),
         slow(served_package, 0.001) as (url, _),
         socket.socket() as lazy,
     ):
@@ -157,11 +163,11 @@ def test_a_connection_that_is_read_slowly_goes_on(served_package: Path) -> None:
         lazy.settimeout(10)
         began, got = time.monotonic(), 0
         while got < size * 3:
-            part = lazy.recv(256)
+            part = lazy.recv(512)
             assert part, f"ended after {got} bytes"
             got += len(part)
             time.sleep(0.05)
-        assert time.monotonic() - began > 3 * 1.5
+        assert time.monotonic() - began > 3 * 0.75
 
 
 def get(client: socket.socket, url: str, times: int) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
@@ -214,6 +214,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory, api: str) -> Path:
     said = sh("olivepress", "run", "--json", cwd=folder, PREFECT_API_URL=api).stdout
     (folder.parent / "run.json").write_text(said)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lab_report(lab: Path) -> dict[str, Any]:
+    """What `olivepress report` writes of the lab, made once."""
+    from lab import olivepress
+
+    return olivepress(lab, "report")
 
 
 @pytest.fixture(scope="session")

@@ -106,20 +106,19 @@ def assert_needs_no_network(page: Page) -> None:
     assert not re.search(r"@import|url\((?!#)", page.source)
 
 
-def test_the_report_of_the_lab(lab: Path) -> None:
-    said = olivepress(lab, "report")
+def test_the_report_of_the_lab(lab: Path, lab_report: dict[str, Any]) -> None:
     metrics = json.loads((lab / "metrics/travel.json").read_text())
-    assert said["figures"] == {"travel": metrics}
-    assert {gate["verdict"] for gate in said["gates"]["travel"]} == {"met"}
-    names = {Path(path).stem for path in said["pictures"]}
+    assert lab_report["figures"] == {"travel": metrics}
+    assert {gate["verdict"] for gate in lab_report["gates"]["travel"]} == {"met"}
+    names = {Path(path).stem for path in lab_report["pictures"]}
     assert names == {
         *("text", "layers"),
         *(f"{what}-travel" for what in ("perplexity", "size", "loss", "speed")),
     }
-    for path in said["pictures"]:
+    for path in lab_report["pictures"]:
         assert_a_picture(Path(path).read_bytes())
-    page = Page(Path(said["page"]))
-    assert Path(said["page"]) == lab / "report/index.html"
+    page = Page(Path(lab_report["page"]))
+    assert Path(lab_report["page"]) == lab / "report/index.html"
     assert_needs_no_network(page)
     assert len(page.named("svg")) == len(names)
     for model in ("base", "quantized", "quantized_lora", "onnx_off", "onnx_on"):

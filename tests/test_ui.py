@@ -7,6 +7,7 @@ import re
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,13 +149,14 @@ return {
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(375, "dark"), (1200, "light")])
-def test_the_report_in_a_browser(lab: Path, browser, width: int, scheme: str) -> None:
-    page = Path(olivepress(lab, "report")["page"])
+def test_the_report_in_a_browser(
+    lab_report: dict[str, Any], browser, width: int, scheme: str
+) -> None:
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get(page.as_uri())
+    browser.get(Path(lab_report["page"]).as_uri())
     seen = browser.execute_script(LAYOUT)
     assert seen["scroll"] <= seen["width"] == width
     assert len(seen["svgs"]) == 6 and all(w > 250 and h > 90 for w, h in seen["svgs"])

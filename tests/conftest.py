@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from tests.emulator.client import Azure
 
+# The lines of a run reach the server this many seconds late; before Prefect is imported.
+os.environ.setdefault("PREFECT_LOGGING_TO_API_BATCH_INTERVAL", "0.2")
+
 REPO = Path(__file__).resolve().parents[1]
 WATCH = REPO / "tests/watch"
 BIN = Path(sys.executable).parent

@@ -68,6 +68,7 @@ def logs(run_id: UUID, until: str) -> list[Log]:
             found = client.read_logs(wanted)
         if any(log.message.startswith(until) for log in found):
             return found
+        time.sleep(0.05)
     pytest.fail(f"{until!r} is not among {[log.message for log in found]}")
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 
-from tests.browser import browser  # noqa: F401
+from tests.browser import browser, chromium  # noqa: F401
 from tests.watch import sitecustomize
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -56,6 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def store(azure: Azure, monkeypatch: pytest.MonkeyPatch) -> Iterator[blobs.Store]:
     azure.reset()
     monkeypatch.setattr(blobs, "BLOCK", BLOCK)
+    monkeypatch.setattr(blobs.random, "uniform", lambda *_: 0.05)  # Retry-After is followed
     # A cut upload is noticed by a read that gets no answer.
     monkeypatch.setattr(client, "TIMEOUTS", {"connection_timeout": 5, "read_timeout": 5})
     with azure.here():
@@ -113,6 +115,14 @@ def test_bad_weather_and_an_old_signature_are_got_over(
     assert_same(tmp_path, files)
     secrets = azure.calls(path="listSecrets")
     assert len(secrets) == (3 if weather in ("401", "403") else 1)  # a new signature each time
+
+
+def test_waits_grow_unless_the_service_asks_for_one() -> None:
+    waits = [blobs._wait(OSError(), tried) for tried in range(1, 6)]
+    assert waits == sorted(waits) and 0.5 <= waits[0] <= 1 and 8 <= waits[-1] <= 16
+    for seconds, wait in {"7": 7, "0": 0, "900": blobs.LONGEST_WAIT}.items():
+        asks = SimpleNamespace(response=SimpleNamespace(headers={"Retry-After": seconds}))
+        assert blobs._wait(asks, 1) == wait
 
 
 def test_what_arrived_is_not_sent_again(

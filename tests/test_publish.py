@@ -166,20 +166,16 @@ def test_a_model_and_its_next_version(target: Target, project: Path) -> None:
     assert target.files("1") == package()
 
 
-def test_a_signature_goes_along(target: Target, project: Path, tmp_path: Path) -> None:
+def test_a_signature_and_what_is_told_go_along(
+    target: Target, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     curve = ("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
     sh("openssl", "genpkey", *curve, "-out", "key.pem", cwd=tmp_path)
     place = signing.sign(project / "models/package", tmp_path / "key.pem", project)
+    monkeypatch.setenv("OLIVEPRESS_RUN_ID", "the-run")
     done = publish(**target.asked)
     signed = {**package(), SIGNATURE: place.stat().st_size}
     assert target.files(done.version) == signed and done.files == len(signed)
-
-
-def test_what_is_told_of_a_version(
-    target: Target, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OLIVEPRESS_RUN_ID", "the-run")
-    done = publish(**target.asked)
     told = target.told(done.version)
     assert told["run_id"] == "the-run" and told["made_in_run"] == "run-that-made-it"
     assert told["published"].startswith("20")
@@ -342,9 +338,9 @@ def test_all_is_brought_up_to_date_and_published(
     with azure.here():
         state = flows.optimize_and_publish(NAME, return_state=True)
         done = state.result()
-        again = flows.publish(NAME, return_state=True)
+        again = flows.publish(NAME, try_it=False, return_state=True)
     assert (done["status"], done["version"]) == ("published", "1")
-    assert done["tried"] == "4 answers, 4 of them word for word as measured"
+    assert done.pop("tried") == "4 answers, 4 of them word for word as measured"
     assert again.result() == {**done, "status": "already there"}
     table = artifact("smoke-test")
     assert "| base |" in table and "| travel |" in table and "| no:" not in table

@@ -195,7 +195,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("server")
     keep = {name: os.environ.pop(name, None) for name in ("PREFECT_API_URL", "PREFECT_HOME")}
     os.environ["PREFECT_HOME"] = str(root / "no-profile")
-    url = server.ensure(root)
+    with pytest.MonkeyPatch.context() as patch:  # how often it looks for workers that are gone
+        patch.setenv("PREFECT_SERVER_SERVICES_FOREMAN_LOOP_SECONDS", "1")
+        url = server.ensure(root)
     with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: str(root / ".prefect")}):
         yield url
     server.stop(root)

@@ -85,6 +85,7 @@ def project(tmp_path_factory) -> Path:
     values["base"]["path"] = str(elsewhere / "tiny")
     values["adapters"] = {name: {"data": str(path)} for name, path in data.items()}
     values["gates"] = dict.fromkeys(values["gates"])
+    values["evaluate"] |= {"max_rows": 8, "max_new_tokens": 8, "speed_tokens": 8}
     (project / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
     shutil.copy(REPO / "requirements.lock", project)
     (project / "models/base/LICENSE").write_text("MIT\n")
@@ -258,11 +259,10 @@ def test_a_model_that_asks_for_sampling_is_timed_without(package, tmp_path):
     assert len(generators) == 4 and len(taken) == 1
 
 
-@pytest.mark.parametrize("prompt", ["-h", "a\0b", "\r\n\u2028"])
-def test_any_prompt_is_timed(project, monkeypatch, prompt):
+def test_any_prompt_is_timed(project, monkeypatch):
     monkeypatch.chdir(project)
     monkeypatch.setenv("PYTHONPATH", str(REPO))
-    figures = speed(prompt, Path("models/adapters/travel.onnx_adapter"), 2)
+    figures = speed("-h a\0b\r\n\u2028", Path("models/adapters/travel.onnx_adapter"), 2)
     assert figures["adapter_on"]["tokens_per_second"] > 0
 
 

@@ -14,7 +14,7 @@ from tests.fuzz import inputs
 from tests.fuzz.harness import holds, run
 from tests.fuzz.targets import TARGETS, Target, nothing
 
-CASES = 40
+CASES = 15
 
 
 @pytest.mark.parametrize("name", TARGETS)

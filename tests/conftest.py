@@ -246,6 +246,14 @@ def served_package(tmp_path_factory: pytest.TempPathFactory, labs: Callable[[str
 
 
 @pytest.fixture(scope="session")
+def packaged_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a package of the right form; tests change copies of it."""
+    from packaged import make_packaged
+
+    return make_packaged(tmp_path_factory.mktemp("packaged") / "project")
+
+
+@pytest.fixture(scope="session")
 def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azure]:
     """Azure on loopback; `azure.env` is what a subprocess needs, `azure.reset()` empties it."""
     from tests.emulator.client import Azure

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packaged import make_packaged, publish, work_in_copy
+from packaged import publish, work_in_copy
 
 from conftest import REPO, sh, typed
 from stages import bom, sums
@@ -544,15 +544,12 @@ def test_sums_of_another_form(package: Path, end: str) -> None:
 
 
 # Publishing, and making it again.
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packaged(tmp_path_factory.mktemp("made") / "project")
-
-
 @pytest.fixture
-def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def project(
+    packaged_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     monkeypatch.setenv(PASSWORD, SECRET)
-    return work_in_copy(made, tmp_path / "project", monkeypatch)
+    return work_in_copy(packaged_project, tmp_path / "project", monkeypatch)
 
 
 def test_the_signature_lies_beside_what_dvc_watches_and_is_published_with_it(

@@ -19,7 +19,6 @@ from packaged import (
     Target,
     change,
     in_azure,
-    make_packaged,
     package,
     publish,
     refused,
@@ -46,15 +45,10 @@ MLFLOW = REPO / ".mlflow/bin/mlflow"
 DEAD = "http://me:pa55word@127.0.0.1:9"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packaged(tmp_path_factory.mktemp("made") / "project")
-
-
 @pytest.fixture
-def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(packaged_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, in which the test runs."""
-    return work_in_copy(made, tmp_path / "project", monkeypatch)
+    return work_in_copy(packaged_project, tmp_path / "project", monkeypatch)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from packaged import (
     REGISTER,
     change,
     in_azure,
-    make_packaged,
     package,
     publish,
     refused,
@@ -36,17 +35,12 @@ from tasks.publish.request import make
 from tests.emulator.client import Azure
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packaged(tmp_path_factory.mktemp("made") / "project")
-
-
 @pytest.fixture
 def cloud(
-    azure: Azure, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    azure: Azure, packaged_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Azure]:
     """An empty Azure, for clients in this process and in those it starts."""
-    work_in_copy(made, tmp_path / "project", monkeypatch)
+    work_in_copy(packaged_project, tmp_path / "project", monkeypatch)
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     azure.reset()
     with azure.here():

@@ -246,6 +246,15 @@ def served_package(tmp_path_factory: pytest.TempPathFactory, labs: Callable[[str
 
 
 @pytest.fixture(scope="session")
+def served_url(served_package: Path) -> Iterator[str]:
+    """The address of `olivepress serve` with that package."""
+    from tests.serving import served
+
+    with served(served_package) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="session")
 def packaged_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a package of the right form; tests change copies of it."""
     from packaged import make_packaged

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def url(served_package: Path) -> Iterator[str]:
-    with served(served_package) as (address, _):
-        yield address
+@pytest.fixture
+def url(served_url: str) -> str:
+    return served_url
 
 
 def chunks(response: httpx.Response) -> list[dict[str, Any]]:

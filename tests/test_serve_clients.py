@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import openai
 import pytest
 
 from conftest import BIN, sh
-from tests.serving import ask, served, text_of
+from tests.serving import ask, text_of
 
 if TYPE_CHECKING:
     pass
@@ -19,10 +18,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = "a-key"
 
 
-@pytest.fixture(scope="module")
-def url(served_package: Path) -> Iterator[str]:
-    with served(served_package) as (address, _):
-        yield address
+@pytest.fixture
+def url(served_url: str) -> str:
+    return served_url
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 
 from conftest import sh, typed
 from lab import STAGES, commit, content, olivepress, run, stale
+from tasks import bridge, overrides
 
 QUESTION = "Which dishes should I try in Lisbon?"
 BITWISE = ["quantize", "export", "finetune@travel", "convert@travel"]
@@ -45,6 +46,30 @@ def test_dvc_agrees_that_nothing_is_to_be_done(lab: Path) -> None:
     assert "Running stage" not in said and "Data and pipelines are up to date" in said
 
 
+def test_a_change_makes_stale_what_reads_it(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a parameter, and of an adapter more; the runs of them are long tests."""
+    monkeypatch.chdir(lab)
+    kept = {name: (lab / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
+
+    def stale_now() -> set[str]:
+        return {name for name, need in bridge.status(lab).items() if need.action != "unchanged"}
+
+    try:
+        overrides.apply(lab, {"export.accuracy_level": 1})
+        assert stale_now() == {"export", "convert@travel", "evaluate@travel", "package"}
+        (lab / "params.yaml").write_bytes(kept["params.yaml"])
+        overrides.apply(lab, {"adapters.own.data": "data/travel.jsonl"})
+        bridge.reproduce(lab, "toolchain", print, 60)  # all wait for it, as it looks at the names
+        own = {f"{stage}@own" for stage in ("prepare", "finetune", "convert", "evaluate")}
+        assert stale_now() == {*own, "package"}
+    finally:
+        for name, data in kept.items():
+            (lab / name).write_bytes(data)
+        bridge.reproduce(lab, "toolchain", print, 60)
+    assert stale_now() == set()
+
+
+@pytest.mark.long
 def test_a_parameter_there_and_back_computes_nothing_the_second_time(lab: Path, api: str) -> None:
     before = content(lab / "models")
     there = run(lab, api, "-S", "export.accuracy_level=1")
@@ -116,6 +141,7 @@ def test_one_edited_row_costs_only_what_reads_it(clone: Path, api: str) -> None:
     assert ran(run(clone, api)) == set()
 
 
+@pytest.mark.long
 def test_a_quantization_that_costs_too_much_stops_what_builds_on_its_figures(
     clone: Path, api: str
 ) -> None:
@@ -212,6 +238,7 @@ def test_lineage_names_command_inputs_versions_and_run(lab: Path) -> None:
     assert fetch["record"]["run_id"] == run_id
 
 
+@pytest.mark.long
 def test_a_second_adapter_costs_only_its_own_stages_in_a_colleagues_clone(
     clone: Path, tmp_path: Path, api: str
 ) -> None:

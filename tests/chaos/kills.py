@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
@@ -87,6 +88,8 @@ def kill(
     if not one.wrong:
         worker_is_done(clone)
     one.wrong += state_of(clone)
+    if one.wrong:  # the next kill begins with losing it
+        shutil.copytree(clone.folder, f"{clone.folder}.wrong-{number}", symlinks=True)
     if one.wrong and all("is Submitting" in text or "is Pending" in text for text in one.wrong):
         time.sleep(WORKER_SECONDS)  # taken by a worker, and its process had not come to a line
         clone._command("olivepress", "ui")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import assert_refused, make_project, refused, run_stage
+from forked import run_stage
+from tiny import assert_refused, make_project, refused
 
 from stages import fetch
 from stages.errors import UserError

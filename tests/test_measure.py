@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import assert_refused, make_project, run_stage
+from forked import run_stage
+from tiny import assert_refused, make_project
 
 from conftest import REPO, init_project
 from stages.gates import OF_EVALUATE, OF_MEASURE

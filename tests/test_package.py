@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_stage
 from packaging.requirements import Requirement
-from tiny import REPO, assert_refused, make_project, questions, run_stage, write_rows
+from tiny import REPO, assert_refused, make_project, questions, write_rows
 
 from stages import card
 from stages.errors import UserError

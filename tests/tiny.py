@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import runpy
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -21,9 +17,6 @@ from stages.stage import versions, write_json
 from tests.models import save_model
 
 REPO = Path(__file__).resolve().parents[1]
-# A stage begins with seconds of imports. This process makes them once, and each stage is a fork.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "transformers.models.auto", "stages.measure"])
 
 
 def make_project(folder: Path, **changes: object) -> Path:
@@ -46,33 +39,6 @@ def make_project(folder: Path, **changes: object) -> Path:
     known = "".join(json.dumps({"text": f"{i} is less than {i + 1}."}) + "\n" for i in range(50))
     (folder / "data/everyday.jsonl").write_text(known, "utf-8")
     return folder
-
-
-def run_stage(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m stages.…` in a project, in a process that has its slow imports already."""
-    said = project / ".said.out", project / ".said.err"
-    process = FORKS.Process(target=_stage, args=(project, command, dict(os.environ), said))
-    process.start()
-    process.join()
-    texts = [path.read_text() for path in said]
-    for path in said:
-        path.unlink()
-    return subprocess.CompletedProcess(command, process.exitcode or 0, *texts)
-
-
-def _stage(
-    project: Path, command: tuple[str, ...], env: dict[str, str], said: tuple[Path, Path]
-) -> None:
-    os.environ.clear()
-    os.environ.update(env | {"PYTHONPATH": f"{REPO}:{REPO / 'tests/watch'}"})
-    for stream, path in enumerate(said, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
-    os.chdir(project)
-    runpy.run_path(str(REPO / "tests/watch/sitecustomize.py"))
-    for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
-        del sys.modules[name]  # it reads the environment when it is imported
-    sys.argv = [f"stages.{command[0]}", *command[1:]]
-    runpy.run_module(f"stages.{command[0]}", run_name="__main__", alter_sys=True)
 
 
 def assert_refused(project: Path, done: subprocess.CompletedProcess[str], *parts: str) -> None:

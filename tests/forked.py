@@ -17,8 +17,8 @@ FORKS.set_forkserver_preload(
 )
 
 
-def run_stage(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m stages.…` in a project, as DVC does."""
+def fork_stage(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """As `tiny.run_stage`, for a stage that computes."""
     said = project / ".said.out", project / ".said.err"
     process = FORKS.Process(target=_stage, args=(project, command, dict(os.environ), said))
     process.start()

@@ -21,9 +21,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import yaml
-from forked import run_stage
 from safetensors.numpy import save_file
-from tiny import REPO, assert_refused, make_project, refused
+from tiny import REPO, assert_refused, make_project, refused, run_stage
 
 from conftest import init_project, sh
 from stages import azure, blobs, fetch, params

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import run_stage
-from tiny import assert_refused, make_project, refused
+from tiny import assert_refused, make_project, refused, run_stage
 
 from stages import fetch
 from stages.errors import UserError

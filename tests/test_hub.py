@@ -17,11 +17,7 @@ import pytest
 import yaml
 from hub import LocalHub, Refusal, Repository, serve
 from safetensors.numpy import save_file
-from tiny import REPO, assert_refused, make_project
-
-from conftest import sh
-
-FETCH = [sys.executable, "-m", "stages.fetch"]
+from tiny import REPO, assert_refused, make_project, run_stage
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MOVED = "f" * 40
@@ -67,9 +63,7 @@ class Place:
         return self.project / "models/base"
 
     def fetch(self) -> subprocess.CompletedProcess[str]:
-        """In a new process: huggingface_hub reads the environment when it is imported."""
-        path = f"{REPO}:{REPO / 'tests/watch'}"
-        return sh(*FETCH, cwd=self.project, check=False, PYTHONPATH=path)
+        return run_stage(self.project, "fetch")
 
     def fetched(self) -> dict[str, bytes]:
         """Fetch with success; content of models/base by name."""
@@ -161,8 +155,9 @@ def test_file_that_stops_coming_is_gone_on_with(place, files, monkeypatch):
 
 def test_killed_fetch_is_gone_on_with(place, files):
     place.hub.hold[BIG] = 2_000_000
+    command = [sys.executable, "-m", "stages.fetch"]
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    with subprocess.Popen(FETCH, cwd=place.project, env=env) as stage:
+    with subprocess.Popen(command, cwd=place.project, env=env) as stage:
         until = time.monotonic() + 60
         # Python keeps back the last bytes, less than its buffer of 8 kB.
         while not any(part.stat().st_size > 1_990_000 for part in place.kept("blobs/*.incomplete")):

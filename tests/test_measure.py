@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import run_stage
+from forked import fork_stage
 from tiny import assert_refused, make_project
 
 from conftest import REPO, init_project
@@ -28,7 +28,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **{"quantize.algorithm": "rtn", GATE: None, "evaluate.text_tokens": 300},
     )
     for stage in ("quantize", "measure"):
-        done = run_stage(folder, stage)
+        done = fork_stage(folder, stage)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -89,7 +89,7 @@ def test_a_gate_that_is_not_met_names_figure_limit_and_stage(project: Path, tmp_
         shutil.rmtree(copy / folder)
     limit = round(found["quantized"] / found["base"], 4) - 0.01
     overrides.apply(copy, {GATE: limit})
-    done = run_stage(copy, "measure")
+    done = fork_stage(copy, "measure")
     shown = f"measure: {GATE}: {found['quantized'] / found['base']:.4f}, and at most {limit} is"
     assert_refused(copy, done, shown, "wanted; look at quantize")
     assert done.stderr.count("gates.") == 1
@@ -97,7 +97,7 @@ def test_a_gate_that_is_not_met_names_figure_limit_and_stage(project: Path, tmp_
     assert not (copy / "models/lineage/measure.json").exists()
 
     overrides.apply(copy, {GATE: limit + 0.02})
-    assert run_stage(copy, "measure").returncode == 0
+    assert fork_stage(copy, "measure").returncode == 0
     assert json.loads((copy / "models/lineage/measure.json").read_text())["stage"] == "measure"
 
 
@@ -110,7 +110,7 @@ def test_no_finite_number_is_null_and_meets_no_gate(project: Path, tmp_path: Pat
     weights["model.norm.weight"] = weights["model.norm.weight"] * float("nan")
     save_file(weights, path, {"format": "pt"})
     overrides.apply(copy, {GATE: 1.05})
-    assert_refused(copy, run_stage(copy, "measure"), f"{GATE}: no finite number, and at most 1.05")
+    assert_refused(copy, fork_stage(copy, "measure"), f"{GATE}: no finite number, and at most 1.05")
     assert figures(copy)["text_perplexity"]["quantized"] is None
 
 
@@ -118,7 +118,7 @@ def test_a_text_without_two_tokens_is_named(project: Path, tmp_path: Path) -> No
     copy = Path(shutil.copytree(project, tmp_path / "project"))
     (copy / "data/everyday.jsonl").write_text('{"text": "a"}\n')
     message = "data/everyday.jsonl: no text of two tokens or more; see evaluate.text"
-    assert_refused(copy, run_stage(copy, "measure"), message)
+    assert_refused(copy, fork_stage(copy, "measure"), message)
 
 
 def test_once_for_all_adapters_and_nothing_is_taught_later_for_it(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import run_stage
+from forked import fork_stage
 from packaging.requirements import Requirement
-from tiny import REPO, assert_refused, make_project, questions, write_rows
+from tiny import REPO, assert_refused, make_project, questions, run_stage, write_rows
 
 from stages import card
 from stages.errors import UserError
@@ -91,7 +91,7 @@ def project(tmp_path_factory) -> Path:
     shutil.copy(REPO / "requirements.lock", project)
     (project / "models/base/LICENSE").write_text("MIT\n")
     shutil.copytree(project / "models/base", project / "models/quantized")
-    assert run_stage(project, "measure").returncode == 0
+    assert fork_stage(project, "measure").returncode == 0
     params = load(project / "params.yaml")
     export(
         project / "models/quantized",
@@ -103,7 +103,7 @@ def project(tmp_path_factory) -> Path:
         write_rows(project / data[name], questions(40))
         add_adapter(project, name, seed)
         assert run_stage(project, "prepare", "--adapter", name).returncode == 0
-        done = run_stage(project, "evaluate", "--adapter", name)
+        done = fork_stage(project, "evaluate", "--adapter", name)
         assert done.returncode == 0, done.stderr
     (project / "dvc.lock").write_text(yaml.safe_dump(lock(elsewhere)), "utf-8")
     return project
@@ -148,7 +148,7 @@ def test_evaluate_takes_over_what_measure_found_and_leaves_its_gate_to_it(projec
         "size_mb": {"base": 400.0, "quantized": 100.0},
     }
     (copy / "metrics/quantized/text.json").write_text(json.dumps(found))
-    done = run_stage(copy, "evaluate", "--adapter", "travel")
+    done = fork_stage(copy, "evaluate", "--adapter", "travel")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((copy / "metrics/travel.json").read_text("utf-8"))
     before = json.loads((project / "metrics/travel.json").read_text("utf-8"))
@@ -162,7 +162,7 @@ def test_failed_gate_leaves_the_figures(project):
     strict = values | {"gates": values["gates"] | {"min_exact_answer_rate": 1.0}}
     (project / "params.yaml").write_text(yaml.safe_dump(strict), "utf-8")
     (project / "metrics/travel.json").rename(project / "metrics/before")
-    done = run_stage(project, "evaluate", "--adapter", "travel")
+    done = fork_stage(project, "evaluate", "--adapter", "travel")
     (project / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
     assert_refused(project, done, "gates.min_exact_answer_rate: 0.0000, and at least 1.0")
     (project / "metrics/before").unlink()

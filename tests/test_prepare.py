@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forked import run_stage
-from tiny import assert_refused, make_project, questions, refused, write_rows
+from tiny import assert_refused, make_project, questions, refused, run_stage, write_rows
 
 from stages.prepare import for_evaluation, main
 

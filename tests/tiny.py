@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -39,6 +41,18 @@ def make_project(folder: Path, **changes: object) -> Path:
     known = "".join(json.dumps({"text": f"{i} is less than {i + 1}."}) + "\n" for i in range(50))
     (folder / "data/everyday.jsonl").write_text(known, "utf-8")
     return folder
+
+
+def run_stage(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m stages.…` in a project, as DVC does."""
+    return subprocess.run(
+        [sys.executable, "-m", f"stages.{command[0]}", *command[1:]],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests/watch'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def assert_refused(project: Path, done: subprocess.CompletedProcess[str], *parts: str) -> None:

@@ -37,6 +37,7 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 os.umask(UMASK := os.umask(0))  # it cannot be read; once, as another thread may write meanwhile
 COMMIT = "OLIVEPRESS_COMMIT"  # environment variable: the JSON of `commit`
+CALLER = "OLIVEPRESS_CALLER"  # environment variable: id of the process that looks after this one
 NOT_LOCK = ["--", ":(top)", ":(exclude)dvc.lock"]  # to Git: all files but it
 
 # Libraries whose version can change the bytes of an output. Prefect, DVC and pytest cannot.
@@ -193,9 +194,29 @@ def die_with_parent() -> None:
     """End this process when the one that started it ends, so that nothing goes on writing.
 
     Where a shell stays between the two, it also ends when the shell loses its own parent.
+
+    Raises:
+        SystemExit: that one has ended already, while this one imported its libraries.
     """
     killed_with_parent()
     end_with_parent()
+    if _orphaned():
+        sys.exit("what started this has ended, so this ends too")
+
+
+def _orphaned() -> bool:
+    """Whether the process that started this one had ended before this one watched it.
+
+    DVC does not say which process it is. But what it starts is in its process group, and a process
+    that takes over an orphan is in another.
+    """
+    if caller := os.environ.get(CALLER):
+        import psutil
+
+        return int(caller) not in [one.pid for one in psutil.Process().parents()]
+    group = os.getpgrp()
+    by_dvc = "DVC_STAGE" in os.environ and group != os.getpid()
+    return by_dvc and any(os.getpgid(pid) != group for pid in _watched())
 
 
 def end_with_parent() -> None:

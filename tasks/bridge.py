@@ -32,6 +32,7 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
 
 from stages.errors import UserError
+from stages.stage import killed_with_parent
 from tasks import integrity, locks, pipeline, store
 from tasks.command import Job, stopping
 from tasks.need import (
@@ -464,7 +465,7 @@ def _run_command(executable: str | None, cmd: str, **kwargs: Any) -> None:
     argv = shlex.split(cmd) if plain else dvc.stage.run._make_cmd(executable, cmd)
     root, name = _here.stage
     before = pipeline.seen(root, name)
-    if code := job.run(argv, **kwargs):
+    if code := job.run(argv, **kwargs, preexec_fn=killed_with_parent):
         raise StageCmdFailedError(cmd, code)
     now = pipeline.seen(root, name)
     if changed := [what for what in before | now if before.get(what) != now.get(what)]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from stages.errors import NO_MEMORY, out_of_memory
 from stages.redact import without_secrets
-from stages.stage import less_memory
+from stages.stage import CALLER, less_memory
 
 KEPT_LINES = 200  # of what a stage printed, for its last words
 
@@ -73,7 +73,10 @@ class Job:
         program = shutil.which(argv[0], path=path) or argv[0]
         self.process = subprocess.Popen(
             [program, *argv[1:]],
-            env={**env, **self.env, "PATH": path, "PYTHONUNBUFFERED": "1"},
+            env={
+                **{**env, **self.env, "PATH": path, "PYTHONUNBUFFERED": "1"},
+                CALLER: str(os.getpid()),
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

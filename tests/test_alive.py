@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from uuid import UUID, uuid4
 
+import psutil
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -138,6 +139,44 @@ def online(pool: str, beats: str) -> list[str]:
     with get_client(sync_client=True) as client:
         client.send_worker_heartbeat(pool, beats, heartbeat_interval_seconds=2)
     return deployment.workers(pool)
+
+
+# Not yet at its first line that looks for its parent, as while it imports its libraries.
+IMPORTING = """
+import os, time
+from pathlib import Path
+Path("importing").write_text(str(os.getpid()))
+time.sleep(1)
+from stages.stage import die_with_parent, new_output
+die_with_parent()
+Path("at_work").touch()
+with new_output(Path("out/first")) as out:
+    out.write_text("late")
+"""
+
+
+@pytest.mark.parametrize("shell", [False, True], ids=["directly", "through a shell"])
+@pytest.mark.parametrize("command", ["olivepress run", "dvc repro first"])
+def test_a_stage_that_imports_does_not_outlive_who_started_it(
+    toy: Path, api: str, command: str, shell: bool
+) -> None:
+    (toy / "first.py").write_text(IMPORTING)
+    if shell:
+        text = (toy / "dvc.yaml").read_text()
+        (toy / "dvc.yaml").write_text(text.replace("python first.py", "python first.py; true"))
+    here, importing = {"PREFECT_API_URL": api, "PYTHONPATH": str(REPO)}, toy / "importing"
+    with in_background(*command.split(), cwd=toy, **here) as process:
+        wait_until(lambda: importing.exists() and importing.read_text())
+        process.kill()
+    wait_until(lambda: not runs(int(importing.read_text())))
+    assert not (toy / "at_work").exists() and not (toy / "out/first").exists()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_server_of_another_clone_is_not_taken_for_ours(toy: Path, api: str) -> None:

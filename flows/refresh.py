@@ -39,7 +39,7 @@ def refresh(pull: bool = True) -> Any:
     try:
         root = bridge.find_root()
         alive.here(root)
-        if at_work(root):
+        if locks.at_work(root / ".dvc/tmp"):  # files must not change under a stage
             return Completed(message="another run is at work in this clone; the next poll looks")
         for failing, step in STEPS.items() if pull else ():
             try:
@@ -63,19 +63,6 @@ def refresh(pull: bool = True) -> Any:
     if not done.is_completed():
         return Failed(message=done.message)
     return Completed(message=stale[0] + (f"; {len(stale) - 1} more" if stale[1:] else ""))
-
-
-def at_work(root: Path) -> bool:
-    """Whether a stage runs here now: files must not change under it.
-
-    DVC notes in `.dvc/tmp/rwlock` which process reads and writes what.
-    """
-    try:
-        held = json.loads((root / ".dvc/tmp/rwlock").read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    readers = [reader for readers in held.get("read", {}).values() for reader in readers]
-    return any(locks.lives(root, who) for who in [*readers, *held.get("write", {}).values()])
 
 
 def pull_commits(root: Path) -> list[str]:

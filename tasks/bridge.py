@@ -367,6 +367,7 @@ def _reproduce(repo: Repo, name: str, job: Job, force: bool) -> None:
                 told = text
             if stopping.wait(1):
                 raise UserError("stopped") from None
+            locks.remove_dead(repo)
             repo._reset()  # what it read is old
 
 

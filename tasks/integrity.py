@@ -16,7 +16,6 @@ from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.output import Output
 from dvc.repo import Repo
-from dvc.rwlock import RWLOCK_FILE
 from dvc.stage import PipelineStage
 from dvc.stage.cache import StageCache, _get_cache_hash
 from dvc.utils.serialize import dumps_yaml, loads_yaml
@@ -26,8 +25,7 @@ from dvc_data.hashfile.tree import Tree
 from ruamel.yaml import YAMLError
 
 from stages.errors import UserError
-from stages.stage import read_json
-from tasks import run_cache, store
+from tasks import locks, run_cache, store
 from tasks.pipeline import opened, stages
 
 
@@ -216,17 +214,6 @@ def _recorded(repo: Repo, out: Output, maker: str | None) -> Recorded:
     return Recorded(path, maker, str(out.hash_info.value), out.meta.size, cached, there)
 
 
-def _at_work(repo: Repo) -> set[int]:
-    """Other processes that hold paths of the project: runs, `dvc` commands."""
-    try:
-        held = read_json(Path(repo.tmp_dir) / RWLOCK_FILE)
-    except UserError:
-        return set()
-    readers = [one for infos in held.get("read", {}).values() for one in infos]
-    pids = {int(one["pid"]) for one in [*held.get("write", {}).values(), *readers]}
-    return {pid for pid in pids - {os.getpid()} if store.alive(pid)}
-
-
 @dataclass(frozen=True)
 class Records:
     """What a project's records say: dvc.lock, `.dvc` files and the run-cache."""
@@ -254,7 +241,7 @@ def records(root: Path) -> Records:
             Path(repo.tmp_dir),
             _all_recorded(repo, stages(repo).values()),
             [run_record(path) for path in run_cache.records(cache)],
-            _at_work(repo),
+            locks.at_work(Path(repo.tmp_dir)),
         )
 
 

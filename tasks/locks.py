@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from dvc.lock import Lock, LockError, make_lock
 from dvc.repo import Repo
 from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 from zc.lockfile import SimpleLockFile
+
+CLOCK_SECONDS = 2  # by which the start of a process may seem later than it was
 
 
 def _lock(self: Lock) -> None:
@@ -51,29 +54,57 @@ def remove_dead(repo: Repo) -> None:
         except ValueError:
             path.unlink()
             return
-        root = Path(repo.root_dir)
+        written = path.stat().st_mtime
         for name, writer in list(held.get("write", {}).items()):
-            if not lives(root, writer):
+            if not _lives(writer, written):
                 del held["write"][name]
         for name, readers in list(held.get("read", {}).items()):
-            held["read"][name] = [reader for reader in readers if lives(root, reader)]
+            held["read"][name] = [reader for reader in readers if _lives(reader, written)]
         whole = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         whole.write_text(json.dumps(held), "utf-8")
         whole.replace(path)
 
 
-def lives(root: Path, who: dict[str, Any]) -> bool:
+def at_work(tmp: Path) -> set[int]:
+    """Other processes that hold paths of the project: runs, `dvc` commands.
+
+    Args:
+        tmp: DVC's folder for what is no part of the project.
+    """
+    path = tmp / RWLOCK_FILE
+    try:
+        held = json.loads(path.read_text("utf-8"))
+        written = path.stat().st_mtime
+    except (FileNotFoundError, ValueError):
+        return set()
+    readers = [reader for readers in held.get("read", {}).values() for reader in readers]
+    entries = [*held.get("write", {}).values(), *readers]
+    return {who["pid"] for who in entries if _lives(who, written)} - {os.getpid()}
+
+
+def _lives(who: dict[str, Any], written: float) -> bool:
     """Whether an entry of DVC's list is of a process that lives, and is the one it was.
 
-    That is one in the project's folder, or with the same command line.
+    That is one with the same command line, which had begun when the list was written.
     """
     try:
         process = psutil.Process(who["pid"])
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        inside = Path(process.cwd()).is_relative_to(root.resolve())
-        return inside or who["cmd"] in " ".join(process.cmdline())
+        if process.create_time() > written + CLOCK_SECONDS:
+            return False
+        return _is_of(who["cmd"], " ".join(process.cmdline()))
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:  # another user's
         return True
+
+
+def _is_of(argv: str, command_line: str) -> bool:
+    """Whether a process with this sys.argv, which DVC notes, has this command line.
+
+    Of `python -m NAME`, sys.argv has the path of the file instead.
+    """
+    file = re.fullmatch(r"(.+?)(/__main__)?\.py( .*)?", argv, re.DOTALL)
+    as_module = file and f"{Path(file[1]).name}{file[3] or ''}"
+    return argv in command_line or bool(as_module and command_line.endswith(as_module))

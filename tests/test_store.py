@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from dvc.dvcfile import ProjectFile
 
 from conftest import REPO, init_project, sh
-from tasks import bridge, overrides
+from tasks import bridge, locks, overrides
 
 # Writes dvc.lock over and over, as often as it can, until there is a file `enough`.
 WRITER = """
@@ -258,31 +261,53 @@ def test_a_list_of_locks_that_a_kill_left_unfinished_blocks_nobody(toy: Path, le
     assert "up to date" in sh("dvc", "status", cwd=toy).stdout
 
 
-def test_a_lock_of_a_process_whose_number_another_has_now_blocks_nobody(toy: Path) -> None:
-    """As after a restart of a container, in which numbers begin anew."""
-    other = subprocess.Popen(["sleep", "600"], cwd="/")
-    try:
-        lock = {"pid": other.pid, "cmd": "dvc repro"}
+@contextlib.contextmanager
+def listed(toy: Path, cmd: str, cwd: Path, written: float = 0) -> Iterator[dict[str, Any]]:
+    """DVC's list of locks with a process that sleeps; when it was written, in seconds from now."""
+    with subprocess.Popen(["sleep", "600"], cwd=cwd) as other:
+        lock = {"pid": other.pid, "cmd": cmd}
         held = {"write": {str(toy / "out/first"): lock}, "read": {str(toy / "in.txt"): [lock]}}
         (toy / ".dvc/tmp").mkdir(exist_ok=True)
         (toy / ".dvc/tmp/rwlock").write_text(json.dumps(held))
-        assert {it.action for it in run_all(toy).values()} == {"run"}
-    finally:
+        then = time.time() + written
+        os.utime(toy / ".dvc/tmp/rwlock", (then, then))
+        yield held
         other.kill()
-        other.wait()
 
 
-def test_a_lock_of_a_process_at_work_in_the_project_stays(toy: Path) -> None:
-    other = subprocess.Popen(["sleep", "600"], cwd=toy)
-    try:
-        held = {"write": {str(toy / "x"): {"pid": other.pid, "cmd": "dvc repro"}}, "read": {}}
-        (toy / ".dvc/tmp").mkdir(exist_ok=True)
-        (toy / ".dvc/tmp/rwlock").write_text(json.dumps(held))
+@pytest.mark.parametrize(
+    ("cmd", "written"), [("dvc repro", 0), ("sleep 600", -60)], ids=["another", "a later one"]
+)
+def test_a_lock_of_a_process_whose_number_another_has_now_blocks_nobody(
+    toy: Path, cmd: str, written: float
+) -> None:
+    """As after a restart, in which numbers begin anew: also a shell in the project may have it."""
+    with listed(toy, cmd, toy, written):
+        assert run(toy).action == "run"
+    with listed(toy, cmd, toy, written):
+        assert locks.at_work(toy / ".dvc/tmp") == set()
+        bridge.begin(toy)
+        assert "pid" not in (toy / ".dvc/tmp/rwlock").read_text()
+
+
+def test_a_lock_of_a_process_at_work_stays(toy: Path) -> None:
+    with listed(toy, "sleep 600", Path("/")) as held:
         bridge.begin(toy)
         assert json.loads((toy / ".dvc/tmp/rwlock").read_text()) == held
-    finally:
-        other.kill()
-        other.wait()
+
+
+@pytest.mark.parametrize(
+    ("argv", "line", "same"),
+    [
+        ("/x/bin/dvc repro a", "/x/bin/python /x/bin/dvc repro a", True),
+        ("/x/dvc/__main__.py repro a", "python -m dvc repro a", True),
+        ("/x/prefect/engine.py", "/x/python -m prefect.engine", True),
+        ("/x/dvc/__main__.py repro a", "python -m dvc repro b", False),
+        ("/x/bin/dvc repro", "-bash", False),
+    ],
+)
+def test_the_command_line_of_what_dvc_notes(argv: str, line: str, same: bool) -> None:
+    assert locks._is_of(argv, line) is same
 
 
 @pytest.mark.parametrize("left", [None, ".abc.tmp", "0" * 64], ids=["nothing", "part", "half"])

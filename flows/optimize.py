@@ -27,6 +27,7 @@ from tasks.pool import gpu
 from tasks.pool.flight import Flight
 from tasks.stage import run_stage
 from tasks.terminal import terminal
+from tasks.turn import turn
 
 
 @flow(name="optimize", log_prints=False, persist_result=False)
@@ -43,7 +44,7 @@ def optimize(overrides: dict[str, Any] | None = None) -> Any:
     try:
         root = bridge.find_root()
         alive.here(root)
-        with alive.turn(root, _waits):
+        with turn(root, _waits):
             return _optimize(root, overrides or {})
     except UserError as error:
         return Failed(message=str(error))
@@ -54,8 +55,8 @@ def optimize(overrides: dict[str, Any] | None = None) -> Any:
 
 
 def _waits(who: str) -> None:
-    get_run_logger().info(who)
-    terminal.note(who)
+    get_run_logger().info("waits for %s", who)
+    terminal.note(f"waits for {who}")
 
 
 def _optimize(root: Path, overrides: dict[str, Any]) -> Any:

@@ -13,10 +13,11 @@ from prefect.states import Completed, Failed
 
 from flows.optimize import optimize
 from stages.errors import UserError
-from tasks import alive, bridge, locks, remote
+from tasks import alive, bridge, remote
 from tasks.command import Job
 from tasks.dvc_command import Dvc
 from tasks.git import git, succeeds
+from tasks.turn import Busy, alone
 
 FETCH_SECONDS = 120.0
 STATUS_SECONDS = 3600.0  # it reads every byte of data that is new
@@ -39,15 +40,16 @@ def refresh(pull: bool = True) -> Any:
     try:
         root = bridge.find_root()
         alive.here(root)
-        if locks.at_work(root / ".dvc/tmp"):  # files must not change under a stage
-            return Completed(message="another run is at work in this clone; the next poll looks")
-        for failing, step in STEPS.items() if pull else ():
-            try:
-                for line in step(root):
-                    logger.info(line)
-            except UserError as error:
-                logger.warning("%s: %s", failing, error)
+        with alone(root, "a refresh"):  # files must not change under a stage
+            for failing, step in STEPS.items() if pull else ():
+                try:
+                    for line in step(root):
+                        logger.info(line)
+                except UserError as error:
+                    logger.warning("%s: %s", failing, error)
         needs = bridge.status(root)
+    except Busy:
+        return Completed(message="another run is at work in this clone; the next poll looks")
     except UserError as error:
         return Failed(message=str(error))
     stale = [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -35,15 +37,23 @@ def _move(verb: str, remote: str | None, minutes: float, as_json: bool) -> None:
 
         move: Callable[..., remotes.Moved] = remotes.push if verb == "push" else remotes.pull
         try:
-            moved = move(
-                root,
-                remote=remote,
-                limit_seconds=minutes * 60,
-                on_progress=lambda done, total, note: status.update(f"{verb}: {note}"),
-            )
+            with _turn(root) if verb == "pull" else nullcontext():
+                moved = move(
+                    root,
+                    remote=remote,
+                    limit_seconds=minutes * 60,
+                    on_progress=lambda done, total, note: status.update(f"{verb}: {note}"),
+                )
         except KeyboardInterrupt:
             stop(f"stopped; what has arrived stays: olivepress {verb} goes on from there", 130)
     _show(verb, moved, as_json)
+
+
+def _turn(root: Path) -> AbstractContextManager[None]:
+    """A pull changes what a run reads."""
+    from tasks.turn import turn
+
+    return turn(root, lambda who: typer.echo(f"waits for {who}", err=True), "a pull")
 
 
 def _show(verb: str, moved: Any, as_json: bool) -> None:

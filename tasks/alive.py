@@ -1,4 +1,4 @@
-"""Who is at work in this clone, and which flow runs have lost their process.
+"""Which flow runs of this clone have lost their process.
 
 Nobody else marks those: a process that was killed reports nothing, and Prefect's worker, if it
 lives, marks the flow run of a process that it lost, but not its tasks.
@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 from uuid import UUID, uuid4
@@ -38,15 +36,11 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
 from prefect.states import Pending, to_state_create
 
-from stages.errors import UserError
 from stages.stage import end_with_parent
-from tasks.command import stopping
 from tasks.pool import runs
 
 FOLDER = Path(".dvc/tmp/runs")
-TURN = Path(".dvc/tmp/turn")
 LOST = "its process is gone, and did not say why: it was killed, or the machine was"
-LOOK_SECONDS = 0.5  # between tries for the turn
 
 _held: dict[str, IO[str]] = {}  # until this process ends
 _ours: set[UUID] = set()  # runs that a file of another name stands for
@@ -174,41 +168,3 @@ def _locked(path: Path) -> Iterator[bool]:
         except (BlockingIOError, FileNotFoundError):
             free = False
         yield free
-
-
-@contextlib.contextmanager
-def turn(root: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Be the one run that changes this clone; wait for one that does.
-
-    Args:
-        on_wait: called with who is waited for.
-
-    Raises:
-        UserError: the caller of the stages was stopped meanwhile.
-    """
-    path, told = root / TURN, ""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if (who := _who(file)) != told:
-                    on_wait(who)
-                    told = who
-                if stopping.wait(LOOK_SECONDS):
-                    raise UserError("stopped") from None
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "since": time.strftime("%H:%M:%S")}, file)
-        file.flush()
-        yield
-
-
-def _who(file: IO[str]) -> str:
-    file.seek(0)
-    try:
-        said = json.loads(file.read())
-        return f"waits for another run in this clone, process {said['pid']} since {said['since']}"
-    except (ValueError, KeyError):  # it has only just begun
-        return "waits for another run in this clone"

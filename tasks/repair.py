@@ -26,6 +26,7 @@ from tasks.mend import (
     restore_input,
     restore_output,
 )
+from tasks.turn import alone
 from tasks.verify import Report, check, look
 
 
@@ -51,12 +52,13 @@ def repair(
         on_line: called with what stages print that are run for it.
 
     Raises:
-        UserError: as `tasks.verify.check`; a run is at work here.
+        UserError: as `tasks.verify.check`; a run, a pull or a `dvc` command is at work here.
     """
-    if busy := integrity.records(root).at_work:
-        raise UserError(
-            f"process {min(busy)} is at work in this project: repair it when that has ended"
-        )
+    with alone(root, "a repair"):
+        return _repair(root, on_progress, on_line)
+
+
+def _repair(root: Path, on_progress: Progress, on_line: Callable[[str], None]) -> Repair:
     now = look(root, on_progress)
     aside = now.records.tmp / "damaged" / time.strftime("%Y%m%d-%H%M%S")
     work = Work(now, aside, on_progress, on_line)

@@ -23,6 +23,7 @@ from conftest import REPO, typed
 from flows.optimize import optimize
 from tasks import alive, server
 from tasks.pool import deployment
+from tasks.turn import turn
 
 pytestmark = pytest.mark.usefixtures("api")
 
@@ -196,8 +197,8 @@ def test_the_server_of_another_clone_is_not_taken_for_ours(toy: Path, api: str) 
 
 def test_a_turn_is_given_back_by_a_kill(toy: Path) -> None:
     code = (
-        "from pathlib import Path; from tasks import alive; import time\n"
-        "with alive.turn(Path.cwd(), print): print('mine', flush=True); time.sleep(600)"
+        "from pathlib import Path; from tasks.turn import turn; import time\n"
+        "with turn(Path.cwd(), print): print('mine', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", code], cwd=toy, env=env(""), stdout=subprocess.PIPE, text=True
@@ -207,5 +208,5 @@ def test_a_turn_is_given_back_by_a_kill(toy: Path) -> None:
     other.kill()
     other.wait()
     began = time.monotonic()
-    with alive.turn(toy, said.append):
+    with turn(toy, said.append):
         assert said == [] and time.monotonic() - began < 5

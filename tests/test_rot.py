@@ -20,6 +20,7 @@ from lab import commit
 from stages.errors import UserError
 from tasks import bridge, overrides, remote
 from tasks.repair import repair
+from tasks.turn import turn
 from tasks.verify import check
 
 FIRST = """
@@ -319,10 +320,19 @@ def test_nothing_is_repaired_while_a_run_writes(made: Path) -> None:
     env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
     with subprocess.Popen([BIN / "dvc", "repro"], cwd=made, env=env, **pipes) as other:
         assert any(line.strip() == "on" for line in other.stdout or ())
-        with pytest.raises(UserError, match=f"process {other.pid} is at work in this project"):
+        with pytest.raises(UserError, match=f"process {other.pid} is at work: try again"):
             repair(made)
         other.communicate("go on\n", timeout=60)
     assert other.returncode == 0 and repair(made).after.sound
+
+
+def test_nothing_is_repaired_while_a_run_waits_for_another_machine(made: Path) -> None:
+    """Then it holds no file."""
+    with turn(made, print):
+        done = typed("verify", "--repair", cwd=made)
+    assert done.exit_code == 1
+    assert f"another run in this clone, process {os.getpid()} since" in done.stderr
+    assert typed("verify", "--repair", cwd=made).exit_code == 0
 
 
 # What a run does.

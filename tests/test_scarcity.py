@@ -19,6 +19,7 @@ from conftest import BIN, REPO, sh, typed
 from lab import commit
 from stages.stage import versions, write_json
 from tasks import bridge, overrides
+from tasks.turn import turn
 
 SLOW = """
 import time
@@ -88,6 +89,14 @@ def test_a_second_run_in_a_clone_waits_and_says_for_whom(toy: Path, api: str) ->
             assert second.returncode == 0 and said.count("Cached") == 2, said
         assert first.wait(60) == 0
     assert (toy / "runs").read_text() == "x"
+
+
+def test_a_pull_waits_for_a_run(toy: Path) -> None:
+    with turn(toy, print), in_background("olivepress", "pull", cwd=toy) as pull:
+        assert pull.stdout is not None
+        line = pull.stdout.readline()
+        assert line.startswith(f"waits for another run in this clone, process {os.getpid()}")
+    assert "dvc.lock is not there" in typed("pull", cwd=toy).output
 
 
 def test_a_run_and_dvc_repro_at_once_make_a_stage_once(toy: Path) -> None:

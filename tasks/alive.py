@@ -40,6 +40,7 @@ from stages.stage import end_with_parent
 from tasks.pool import runs
 
 FOLDER = Path(".dvc/tmp/runs")
+NAME = "-".join("?" * count for count in (8, 4, 4, 4, 12))  # a UUID's: .DS_Store is none
 LOST = "its process is gone, and did not say why: it was killed, or the machine was"
 
 _held: dict[str, IO[str]] = {}  # until this process ends
@@ -105,7 +106,7 @@ def reap(root: Path) -> list[str]:
     names: list[str] = []
     try:
         with get_client(sync_client=True) as client:
-            paths = [path for path in (root / FOLDER).glob("*") if path.name not in _held]
+            paths = [path for path in (root / FOLDER).glob(NAME) if path.name not in _held]
             for start in range(0, len(paths), runs.PAGE):
                 with contextlib.ExitStack() as stack:
                     some = paths[start : start + runs.PAGE]

@@ -105,6 +105,14 @@ def test_what_the_server_does_not_know_of_is_asked_for_again(toy: Path) -> None:
     assert alive.reap(toy) == [] and path.exists()
 
 
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs000000000234a5b600000001", "notes.txt"])
+def test_a_file_that_stands_for_no_run_is_left_alone(toy: Path, name: str) -> None:
+    path = toy / alive.FOLDER / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert alive.reap(toy) == [] and path.exists()
+
+
 def test_the_file_of_a_run_that_ended_is_removed(toy: Path, api: str) -> None:
     done = subprocess.run(
         [Path(sys.executable).parent / "olivepress", "run"],

@@ -160,7 +160,7 @@ def worker(
         os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
         api = server.ensure(root)
         from tasks import alive
-        from tasks.pool import gpu, machine
+        from tasks.pool import gpu, machine, runs
         from tasks.pool import worker as serving
         from tasks.pool.workspace import remote_of
 
@@ -173,4 +173,4 @@ def worker(
         has = machine.this_machine(root)
         shares = f"shares through remote {where}" if where else "no remote, so nothing is shared"
         typer.echo(f"{has}; {shares}; server {api}")
-        serving.serve(root, pool, limit, name or serving.default_name(root))
+        serving.serve(root, pool, limit, name or runs.clone(root))

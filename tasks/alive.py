@@ -32,7 +32,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
 from prefect.states import Pending, to_state_create
 
@@ -112,7 +112,7 @@ def reap(root: Path) -> list[str]:
                     some = paths[start : start + runs.PAGE]
                     free = {it.name: it for it in some if stack.enter_context(_locked(it))}
                     names += _mark(client, free) if free else []
-            return names + _never_begun(client)
+            return names + _never_begun(client, root)
     except (httpx.HTTPError, PrefectHTTPStatusError):
         return names
 
@@ -133,8 +133,11 @@ def _mark(client: SyncPrefectClient, free: dict[str, Path]) -> list[str]:
     return [one.name for one in lost]
 
 
-def _never_begun(client: SyncPrefectClient) -> list[str]:
+def _never_begun(client: SyncPrefectClient, root: Path) -> list[str]:
     """Mark runs whose worker was killed before their process came to its first line; their names.
+
+    Only this clone's: others may share the server, and look after theirs themselves.
+
 
     Of a pool of processes: there a run is on its worker's machine, and does not outlive it. The
     server calls a worker offline after it was silent for a minute and a half.
@@ -153,10 +156,23 @@ def _never_begun(client: SyncPrefectClient) -> list[str]:
             if worker.status == WorkerStatus.ONLINE
         ]
         worker = one.labels.get("prefect.worker.name")
-        if worker not in online if worker else not online:
+        lost = worker not in online if worker else not online
+        if lost and _is_of(client, root, one):
             runs.crash(client, one.id, "its worker is gone, and it had not begun")
             names.append(one.name)
     return names
+
+
+def _is_of(client: SyncPrefectClient, root: Path, run: FlowRun) -> bool:
+    """Whether a run was taken by this clone's worker, or its deployment names this folder."""
+    if taken_by := run.labels.get(runs.CLONE):
+        return taken_by == runs.clone(root)
+    try:
+        steps = client.read_deployment(run.deployment_id).pull_steps or []  # type: ignore[arg-type]
+    except ObjectNotFound:
+        return False
+    named = [inputs.get("directory") for step in steps for inputs in step.values()]
+    return any(folder and Path(folder).resolve() == root.resolve() for folder in named)
 
 
 @contextlib.contextmanager

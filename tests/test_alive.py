@@ -14,6 +14,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_HOME
 from prefect.states import Pending
 from sweeping import wait_until
@@ -22,8 +23,10 @@ from test_scarcity import SLOW, in_background
 from conftest import REPO, typed
 from flows.optimize import optimize
 from tasks import alive, server
-from tasks.pool import deployment
+from tasks.pool import deployment, runs
 from tasks.turn import turn
+
+STEP = "prefect.deployments.steps.set_working_directory"
 
 pytestmark = pytest.mark.usefixtures("api")
 
@@ -123,24 +126,38 @@ def test_the_file_of_a_run_that_ended_is_removed(toy: Path, api: str) -> None:
 
 
 def test_a_run_that_a_worker_took_and_did_not_begin(toy: Path) -> None:
-    """It stays while the server calls its worker online, and one of another worker stays too."""
+    """It stays while the server calls its worker online, and those of other clones stay too."""
     pool = f"taken-{uuid4()}"
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
         flow = client.create_flow(optimize)
-        made = client.create_deployment(flow, pool, work_pool_name=pool)
-        taken = {}
-        for worker in ("lives", "killed"):
+
+        def taken(worker: str, folder: Path | None = None, **labels: str) -> FlowRun:
+            """A run of a deployment in a folder, or of one on any worker, which labels it."""
+            steps = [{STEP: {"directory": str(folder)}}] if folder else []
+            made = client.create_deployment(
+                flow, str(uuid4()), work_pool_name=pool, pull_steps=steps
+            )
             client.send_worker_heartbeat(pool, worker, heartbeat_interval_seconds=2)
             one = client.create_flow_run_from_deployment(made, state=Pending(name="Submitting"))
-            client.update_flow_run_labels(one.id, {"prefect.worker.name": worker})
-            taken[worker] = one
+            client.update_flow_run_labels(one.id, {"prefect.worker.name": worker, **labels})
+            return one
+
+        ours, theirs = (runs.clone(folder) for folder in (toy, toy / "other"))
+        lost = [taken("killed", toy), taken("killed", **{runs.CLONE: ours})]
+        kept = [
+            taken("lives", toy),
+            taken("killed", toy / "other"),
+            taken("killed", **{runs.CLONE: theirs}),
+            taken("killed"),
+        ]
         assert alive.reap(toy) == []
         wait_until(lambda: "killed" not in online(pool, "lives"))
-        assert alive.reap(toy) == [taken["killed"].name]
-        assert states(taken["killed"].id)[0] == "Crashed"
-        assert states(taken["lives"].id)[0] == "Submitting"
-        client.delete_flow_run(taken["lives"].id)
+        assert sorted(alive.reap(toy)) == sorted(one.name for one in lost)
+        assert {states(one.id)[0] for one in lost} == {"Crashed"}
+        assert {states(one.id)[0] for one in kept} == {"Submitting"}
+        for one in kept:
+            client.delete_flow_run(one.id)
 
 
 def online(pool: str, beats: str) -> list[str]:
@@ -177,11 +194,11 @@ def test_a_stage_that_imports_does_not_outlive_who_started_it(
     with in_background(*command.split(), cwd=toy, **here) as process:
         wait_until(lambda: importing.exists() and importing.read_text())
         process.kill()
-    wait_until(lambda: not runs(int(importing.read_text())))
+    wait_until(lambda: not lives(int(importing.read_text())))
     assert not (toy / "at_work").exists() and not (toy / "out/first").exists()
 
 
-def runs(pid: int) -> bool:
+def lives(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +23,12 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.states import Cancelled, Cancelling, Crashed, State
 
 PAGE = 200  # that the server gives at a time
+CLONE = "olivepress.clone"  # label of a flow run: the clone whose worker took it
+
+
+def clone(root: Path) -> str:
+    """What tells clones apart on a server that machines share."""
+    return f"{platform.node()}:{root}"
 
 
 def find(client: SyncPrefectClient, ids: Sequence[UUID]) -> list[FlowRun]:

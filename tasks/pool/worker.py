@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import platform
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from stages.errors import UserError
 from tasks.pool.claims import patiently
 from tasks.pool.deployment import asked, ensure, forget
 from tasks.pool.machine import this_machine
-from tasks.pool.runs import find
+from tasks.pool.runs import CLONE, clone, find
 from tasks.pool.workspace import FOLDER, remove
 
 if TYPE_CHECKING:
@@ -63,12 +62,8 @@ class Worker(ProcessWorker):
     ) -> ProcessWorkerResult:
         """In the clone, and not in an empty folder."""
         configuration.working_dir = self.root
+        await self.client.update_flow_run_labels(flow_run.id, {CLONE: clone(self.root)})
         return await super().run(flow_run, configuration, task_status)
-
-
-def default_name(root: Path) -> str:
-    """Of a worker: two on one machine are told apart by their clones."""
-    return f"{platform.node()}:{root}"
 
 
 def serve(root: Path, pool: str, limit: int, name: str) -> None:

@@ -47,7 +47,8 @@ class Work:
 
     def set_aside(self, name: str, path: Path, *, keep: bool = False) -> str:
         """Move a file out of the way, for good if somebody may have written it; say where to."""
-        target = self.aside / name.lstrip("/")
+        parts = Path(name.lstrip("/")).parts  # of what is outside of the project, some are ".."
+        target = self.aside.joinpath(*("__" if part == ".." else part for part in parts))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(path, target)
         if not keep:

@@ -15,7 +15,7 @@ import yaml
 from dvc.repo import Repo
 
 from benchmarks.rot import FAULTS, content, files, flip, trial, written
-from conftest import BIN, typed
+from conftest import BIN, init_project, typed
 from lab import commit
 from stages.errors import UserError
 from tasks import bridge, overrides, remote
@@ -395,6 +395,24 @@ def test_an_input_outside_of_the_project(toy: Path, tmp_path: Path, how: str, wh
     os.utime(text)
     assert run(toy).action == "run"
     assert (toy / "copy").read_bytes() == text.read_bytes()
+
+
+def test_an_input_of_the_repository_around_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is damaged is moved to where no file of the project is."""
+    root, text = init_project(tmp_path / "a/b/c/toy"), tmp_path / "text"
+    shutil.move(root / ".git", tmp_path)
+    text.write_text("hello\n")
+    name = os.path.relpath(text, root)
+    (root / "dvc.yaml").write_text(DATA.replace("data/rows.jsonl", name))
+    (root / "text").write_text("another\n")
+    monkeypatch.chdir(root)
+    assert run(root).action == "run"
+    commit(tmp_path, "all")
+    rot(text)
+    assert repair(root).after.sound
+    assert text.read_text() == "hello\n" and (root / "text").read_text() == "another\n"
 
 
 def test_rotten_data_is_restored_before_it_is_read(toy: Path, tracked: Path) -> None:

@@ -41,12 +41,17 @@ stages:
     deps: [stage.py, models/quantized, models/adapters, metrics]
     outs: [models/package]
 """
-# Writes in pieces, so that most kills find half a file; the content follows from what is read.
+# Writes in pieces, so that most kills find half a file; the content follows from what is read. Two
+# import for a second longer, so that a kill also comes before they look for who started them, and
+# one that goes on without is slow, so that it is seen.
 STAGE = """
-import hashlib, sys, time
+import hashlib, os, sys, time
 from pathlib import Path
+started_by = os.getppid()
 from stages.stage import die_with_parent, new_output
 
+if sys.argv[1] in ("quantize", "package"):
+    time.sleep(1)
 die_with_parent()
 reads = {"fetch": "in.txt", "quantize": "models/base", "measure": "models/quantized",
          "finetune": "models/quantized", "package": "models"}
@@ -64,7 +69,7 @@ for name in sys.argv[2:]:
                 print("progress", piece, 8, sep=" ", flush=True)
                 file.write(hashlib.sha256(seen.digest() + bytes([piece])).hexdigest() * 500)
                 file.flush()
-                time.sleep(0.05)
+                time.sleep(0.05 if os.getppid() == started_by else 2)
             file.write('"}')
 """
 # A run from scratch in a minute on two cores; the gates are for models that are taught longer.

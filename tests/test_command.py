@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
+from urllib.parse import quote, quote_plus
 
 import pytest
 
+from stages.errors import UserError
 from stages.redact import without_secrets
 from tasks.command import Job
 
@@ -19,6 +23,25 @@ SECRETS = {
     '{"secretsType":"Sas","sasToken":"sv=1&sig=xyz"}': "xyz",
     "ssh://me:letmein@host/path": "letmein",
     "token hf_abcdefghijklmnopqrst": "abcdefghijklmnopqrst",
+    "https://t0ken:x-oauth-basic@github.com/a/b": "t0ken",
+    "fatal: https://t0ken:@host/a: no": "t0ken",
+    "ssh://ghs_0123456789abcdefghij@host/a": "0123456789abcdefghij",
+    "ssh://0123456789abcdefghij@host/a": "0123456789abcdefghij",
+    "webdavs://t0ken@host/a": "t0ken",
+    "https://user:pa/s3cret@host/path": "s3cret",
+    "https://user:p@s3cret@host/path": "s3cret",
+    "GET https://host/a?x=1&token=s3cret&y=2": "s3cret",
+    "https://host/api?private_token=s3cret": "s3cret",
+    "https://b.s3.amazonaws.com/k?X-Amz-Signature=00ff&X-Amz-Date=2024": "00ff",
+    "https://b.s3.amazonaws.com/k?X-Amz-Security-Token=FwoG": "FwoG",
+    "https://cdn.hub/k?Expires=1&Signature=s3cret~x": "s3cret~x",
+    "Authorization: token s3cret": "s3cret",
+    "{'Authorization': 'token s3cret'}": "s3cret",
+    "> x-api-key: s3cret": "s3cret",
+    "'PRIVATE-TOKEN': 's3cret'": "s3cret",
+    '{"user": "me", "password": "two s3cret \\" words"}': "words",
+    "{'db_password': 's3cret'}": "s3cret",
+    "login?user=me&password=s3cret": "s3cret",
 }
 
 
@@ -29,9 +52,46 @@ def test_secrets_are_hidden_in_every_form_they_are_printed_in(text: str, secret:
     assert "***" in hidden
 
 
-def test_plain_text_stays_as_it_is() -> None:
-    for text in ("loss=0.31 lr=1e-3", "models/base: 1,970 tokens", "https://host/a?b=c#d", "a: b"):
-        assert without_secrets(text) == text
+PLAIN = [
+    *("loss=0.31 lr=1e-3", "models/base: 1,970 tokens", "https://host/a?b=c#d", "a: b"),
+    *("ssh://git@host/a", "ssh://account.container.user1@account.blob.core.windows.net/a"),
+    *("http://localhost:8000/models/x@main", "http://[::1]:8000/a@b", "git@github.com:a/b.git"),
+    "abfss://azureml-blobstore-0123456789@account.dfs.core.windows.net/a",
+    *("ask_password = true", "password: read from OLIVEPRESS_SIGNING_PASSWORD", "?max_tokens=5"),
+    *('{"pad_token": "<|end|>", "token": "Hello"}', "the authorization token is not there"),
+]
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_plain_text_stays_as_it_is(text: str) -> None:
+    assert without_secrets(text) == text
+
+
+@pytest.mark.parametrize("name", ["AZURE_STORAGE_KEY", "DB_PASS", "DB_PWD", "AZURE_DEVOPS_EXT_PAT"])
+def test_variables_that_hold_secrets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "s3cret-value")
+    assert without_secrets("it is s3cret-value") == "it is ***"
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "PATH", "OLIVEPRESS_SIGNING_KEY"])
+def test_variables_that_hold_none(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "/somebody/somewhere")
+    assert without_secrets("in /somebody/somewhere") == "in /somebody/somewhere"
+
+
+@pytest.mark.parametrize(
+    "secret", ["a\\s3cret'\"", "\u00e4/s3cret+ x", "euro \u20ac\ts3cret", "\udcff-s3cret"]
+)
+def test_a_secret_is_hidden_however_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", secret)
+    code = quote(secret, safe="", errors="surrogateescape")
+    shown = [secret, repr([secret]), ascii(secret), json.dumps(secret), f"https://x?y={code}"]
+    shown += [json.dumps(secret, ensure_ascii=False), quote_plus(secret, errors="surrogateescape")]
+    shown += [re.sub("%..", lambda found: found[0].lower(), code)]
+    assert not [text for text in shown if "s3cret" in without_secrets(text)]
+    assert "s3cret" not in str(UserError(secret))
 
 
 def test_what_a_command_prints_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 The client's own download (huggingface_hub 1.33) starts a file anew when it was stopped, looks at
 its size only, and waits without limit for the list of files. So the content comes here, to
-`blobs/DIGEST` in the cache, and the client links `snapshots/COMMIT/NAME` to it; the layout is in
+`blobs/DIGEST` in the cache, and `snapshots/COMMIT/NAME` is a link to it, as the client makes them;
+its own would ask the hub for the digest again, and fetch what it then says. The layout is in
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
 """
 
@@ -72,7 +73,7 @@ def download(repo: str, revision: str) -> Path:
             not what the hub lists.
     """
     import httpx
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants
 
     try:
         files = wanted(repo, revision)
@@ -81,8 +82,8 @@ def download(repo: str, revision: str) -> Path:
         for file in files:
             bring(file, told)
         # Links last, so that a snapshot in the cache is a whole one.
-        links = [hf_hub_download(repo, file.name, revision=revision) for file in files]
-        return Path(links[0]).parent
+        links = [link(file, revision) for file in files]
+        return links[0].parent
     except (httpx.HTTPError, OSError, ValueError) as error:
         try:
             return cached(repo, revision)
@@ -197,6 +198,20 @@ def bring(file: File, told: Callable[[int], None]) -> None:
         file.part.rename(file.blob)
 
 
+def link(file: File, revision: str) -> Path:
+    """Put a file that is in the cache into the folder of a commit."""
+    from huggingface_hub.utils import WeakFileLock
+
+    place = file.blob.parents[1] / "snapshots" / revision / file.name
+    target = Path("../../blobs", file.blob.name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(file.lock):
+        if not place.is_symlink() or place.readlink() != target:
+            place.unlink(missing_ok=True)
+            place.symlink_to(target)
+    return place
+
+
 def receive(file: File, told: Callable[[int], None]) -> None:
     """Fetch the rest of a file, again after each cut, while that brings something."""
     import httpx
@@ -292,9 +307,6 @@ def explain(error: Exception, repo: str, revision: str) -> str:
     """Say in one line why the hub did not give a repository, and what to do."""
     from huggingface_hub import constants, errors
 
-    # The client words any failure of its last step as a file that is missing here.
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
     known: dict[type[Exception], str] = {
         errors.GatedRepoError: f"base.id: {repo} is gated: accept its licence on "
         f"{constants.ENDPOINT}/{repo}, then run `hf auth login` (or set HF_TOKEN)",

@@ -66,6 +66,7 @@ class LocalHub:
         damaged: names of files that come with one byte changed.
         sizes: name -> size in the list, where that is not the true one.
         silent: no request is answered.
+        swapped: name -> content that the hub tells of to HEAD, and sends from then on.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class LocalHub:
     damaged: set[str] = field(default_factory=set)
     sizes: dict[str, int] = field(default_factory=dict)
     silent: bool = False
+    swapped: dict[str, bytes] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
     url: str = ""
@@ -178,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         if file not in files:
             return self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
-        content = files[file]
+        content = self.content_of(file, files)
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if is_large(file, content):
             headers |= {
@@ -201,8 +203,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.log.token:  # two ways of signing at once are refused by the store behind it
             return self.answer(400, b"InvalidArgument", {})
         file = self.path.rpartition("name=")[2]
-        content = self.hub.repositories[f"{owner}/{name}"].commits[commit][file]
+        content = self.content_of(file, self.hub.repositories[f"{owner}/{name}"].commits[commit])
         self.send_file(file, content, {"ETag": f'"{sha256(content)[:32]}"'})
+
+    def content_of(self, file: str, files: dict[str, bytes]) -> bytes:
+        head = any(asked.method == "HEAD" and file in asked.path for asked in self.hub.asked)
+        return self.hub.swapped.get(file, files[file]) if head else files[file]
 
     def send_file(self, file: str, content: bytes, headers: dict[str, str]) -> None:
         if file in self.hub.damaged:

@@ -256,7 +256,6 @@ def test_hub_that_never_answers(place, files, monkeypatch):
 def test_busy_hub_is_asked_again(place, files):
     place.hub.refusals = [
         busy("/revision/", 429, Retry_After="0"),
-        busy("HEAD", 503),
         busy(f"name={BIG}", 503, 2, Retry_After="0"),
         busy("resolve-cache", 502, Retry_After="0"),
     ]
@@ -278,6 +277,14 @@ def test_damaged_file_is_refused_and_not_kept(place, files, name):
     assert not place.base.exists() and not place.kept("blobs/*.incomplete")
     place.hub.damaged.clear()
     assert place.fetched() == files
+
+
+def test_hub_that_tells_of_another_content_later(place, files):
+    """Its list has the digests that are kept to; what else it says of a file is not asked for."""
+    place.hub.swapped = dict.fromkeys(["config.json", "model.safetensors"], bytes(100_000))
+    assert place.fetched() == files
+    assert {asked.method for asked in place.hub.asked} == {"GET"}
+    assert len(place.kept("blobs/*")) == len(files)
 
 
 def test_damage_in_the_cache_is_found(place, files, monkeypatch):

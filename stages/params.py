@@ -6,6 +6,7 @@ import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlparse
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +30,11 @@ ASSET = re.compile(
 )
 # A repository of the hub: it becomes a part of an address.
 REPOSITORY = re.compile(r"([A-Za-z0-9_][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+# What DVC takes for an address, with one slash or none too; `notes:one.jsonl` is a file to it.
+SCHEMES = {
+    *("azure", "gdrive", "gs", "hdfs", "http", "https", "oss", "s3", "ssh"),
+    *("webdav", "webdavs", "webhdfs", "ds", "dvc", "git", "memory", "remote"),
+}
 REMOTE = {"hf", "azureml"}  # sources that base.id names a model of
 GROUP_SIZES = (16, 32, 64, 128, 256)  # those of MatMulNBits that every exporter takes
 
@@ -37,7 +43,7 @@ def _as_path(value: str) -> str:
     """Refuse what is no path of a file here: DVC takes an address for data that it should fetch."""
     if not value.strip() or CONTROL.search(value):
         raise ValueError("must be a path, without control characters")
-    if "://" in value:
+    if "://" in value or urlparse(value).scheme in SCHEMES:
         raise ValueError("must be a path here, and not an address")
     return value
 

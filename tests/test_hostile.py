@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from dvc.fs import get_cloud_fs, registry
 from tiny import make_project, refused
 
 from conftest import REPO, init_project, sh, typed
@@ -253,7 +254,7 @@ PATHS = ["base.path", "adapters.travel.data", "quantize.calibration_data", "eval
 
 
 @pytest.mark.parametrize("key", PATHS)
-@pytest.mark.parametrize("value", ["", " ", "a\nb", "a\x1b[2J", "https://x/y", "remote://x/y"])
+@pytest.mark.parametrize("value", ["", " ", "a\nb", "a\x1b[2J", "https://x/y", "Azure:box/x"])
 def test_what_is_no_path_is_refused(toy: Path, key: str, value: str) -> None:
     before = (toy / "params.yaml").read_bytes()
     done = typed("run", "-S", f"{key}={json.dumps(value)}", cwd=toy, PREFECT_API_URL=NO_SERVER)
@@ -263,6 +264,23 @@ def test_what_is_no_path_is_refused(toy: Path, key: str, value: str) -> None:
 
         overrides.apply(toy, {key: value})
     assert (toy / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("scheme", sorted({*registry, "remote", "ds"} - {"local"}))
+def test_what_dvc_takes_for_an_address_is_none_of_a_file(scheme: str) -> None:
+    values = yaml.safe_load((REPO / "params.yaml").read_text())
+    for value in (f"{scheme}:box/x", f"{scheme}:/box/x", f"{scheme.upper()}:x"):
+        values["base"]["path"] = value
+        with pytest.raises(UserError, match=r"base\.path: must be a path here, and not an address"):
+            params.check(values)
+
+
+@pytest.mark.parametrize("name", ["notes:one.jsonl", "C:/rows.jsonl", "10:30", "a b:c", "azure"])
+def test_a_name_with_a_colon_is_a_file(name: str) -> None:
+    values = yaml.safe_load((REPO / "params.yaml").read_text())
+    values["base"]["path"] = name
+    assert params.check(values).base.path == name
+    assert get_cloud_fs({}, url=name)[0].protocol == "local"
 
 
 NO_SERVER = "http://127.0.0.1:1/api"

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cyclonedx.exception import CycloneDxException
+
 from stages import bom, foundry, sums
 from stages.card import card, parameters
 from stages.errors import UserError
@@ -23,6 +25,11 @@ MOST_LISTED = 1_000  # in a bill of materials, of some 300; its library takes nÂ
 MOST_PARAMETERS = 1 << 18  # characters of JSON, of some thousand; YAML takes 4 s to write them
 OF_PACKAGE = (MANIFEST, foundry.FILE, SUMS)  # written by `package`, and always the same
 MOST_TEXT = 1 << 20  # characters of a prompt put into the template that it is for
+# What Python and the bill's library raise when they are given what Olivepress never writes.
+NONSENSE = (
+    *(ValueError, LookupError, TypeError, AttributeError, StopIteration),
+    *(ArithmeticError, CycloneDxException),
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Package:
             yield say
         except UserError as error:
             say(str(error))
-        except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        except NONSENSE as error:
             say(f"is not what Olivepress writes: {type(error).__name__}: {shown(str(error)[:200])}")
         except RecursionError:
             say("is nested too deeply")

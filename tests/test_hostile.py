@@ -25,7 +25,7 @@ from tasks import run_cache
 from tasks.pipeline import check_depth
 from tasks.sweep import spec
 from tests.fuzz.inputs import BOMB
-from tests.fuzz.targets import ADAPTER, GENAI, SWEEP, as_yaml, write
+from tests.fuzz.targets import ADAPTER, GENAI, PACKAGE, SWEEP, as_yaml, write, write_package
 from tests.models import save_tokenizer
 
 PICKLE = b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93."
@@ -435,6 +435,23 @@ def test_a_message_moves_no_cursor(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"\x1b]0;x\x07\u202e": "a"}))
     with pytest.raises(UserError, match=r"it has \\x1b\]0;x\\x07\\u202e"):
         rows.read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value", "said"),
+    [
+        ("metrics/travel.json", ("onnx_on", "perplexity"), 10**400, "README.md: is not what"),
+        ("olivepress.json", ("base", "id"), "a/b%", "bom.cdx.json: is not what"),
+    ],
+)
+def test_values_that_card_and_bill_cannot_hold(
+    tmp_path: Path, name: str, keys: tuple[str, str], value: object, said: str
+) -> None:
+    content = json.loads(PACKAGE[name])
+    content[keys[0]][keys[1]] = value
+    write_package(tmp_path / "a", **{name: json.dumps(content).encode()})
+    done = typed("verify", str(tmp_path / "a"), cwd=tmp_path)
+    assert done.exit_code == 1 and f"{said} Olivepress writes" in done.output
 
 
 def test_a_row_with_a_key_twice_is_named(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from stages import assets, azure, blobs, convert, fetch, generation, hub, params, rows, sums
+from stages import assets, azure, blobs, bom, convert, fetch, generation, hub, params, rows, sums
 from stages import tokenizer as tokenizers
 from stages.errors import UserError
 from tasks import lineage, origin, overrides, run_cache, store
 from tasks.publish.folder import Folder
 from tasks.sweep import spec
 from tasks.sweep.search import Search
-from tests.fuzz import inputs
+from tests.fuzz import inputs, package
 from tests.fuzz.inputs import json_like, safetensors, safetensors_like, spoilt, warped
 from tests.models import CHAT_TEMPLATE, save_tokenizer
 
@@ -256,53 +256,34 @@ def read_sums(folder: Path, data: bytes) -> None:
     sums.verify(folder)
 
 
-# A package that says of itself what one does, so that all of its checks have something to read.
-FOLDER_MD5 = f"md5:{'1' * 32}.dir"
-TRACE: dict[str, Any] = {
-    "fetch": {"cmd": "x", "deps": {}, "params": {}, "outs": {"models/base": FOLDER_MD5}},
-    "quantize": {"cmd": "x", "deps": {}, "params": {"quantize.bits": 4}, "outs": {}, "record": {}},
-    "package": {"record": {"versions": {"onnxruntime-genai": "0.14.1"}, "run_id": None}},
-}
-MATERIALS = {
-    "bomFormat": "CycloneDX",
-    "specVersion": "1.6",
-    "metadata": {"component": {"type": "machine-learning-model", "name": "x"}},
-    "components": [
-        {"type": "library", "name": "torch", "version": "2", "purl": "pkg:pypi/torch@2"},
-        {"type": "file", "name": "a", "hashes": [{"alg": "SHA-256", "content": "0" * 64}]},
-    ],
-}
-PACKAGE: dict[str, Any] = {
-    "olivepress.json": {
-        "format": 1,
-        "adapters": {"travel": "adapters/travel.onnx_adapter"},
-        "prompt_template": "{prompt}",
-        "base": {"source": "hf", "id": "a/b", "revision": "0" * 40, "content": FOLDER_MD5},
-        "writer": {"olivepress": "0.1.0"},
-    },
-    "lineage.json": TRACE,
-    "bom.cdx.json": MATERIALS,
-    "metrics/travel.json": {"onnx_on": {"perplexity": 2.0}, "answers": [{"prompt": "a"}]},
-    "genai_config.json": GENAI,
-}
+PACKAGE = package.make(GENAI)
+
+
+def write_package(folder: Path, **files: bytes) -> None:
+    """A package with some files of another content, and the sums of what is there."""
+    for name, data in (PACKAGE | files).items():
+        write(folder / name, data)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    digests = {name: sums.sha256(folder / name) for name in names if name != sums.SUMS}
+    sums.write(folder, digests)
+
+
+def prepare_package(folder: Path) -> None:
+    write_package(folder)
+    assert not [one for one in origin.verify_package(folder) if one.verdict == "failed"]
 
 
 def read_package(name: str) -> Callable[[Path, bytes], None]:
     """`olivepress verify` of a package in which one file is the case, and the sums are right."""
 
     def read(folder: Path, data: bytes) -> None:
-        for path, good in PACKAGE.items():
-            write(folder / path, data if path == name else inputs.as_json(good))
-        write(folder / "README.md", b"# A model")
-        (folder / sums.SUMS).unlink(missing_ok=True)
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        sums.write(
-            folder, {path.relative_to(folder).as_posix(): sums.sha256(path) for path in files}
-        )
-        found = origin.verify_package(folder)
-        assert any(finding.verdict == "failed" for finding in found)
-        for finding in found:
-            assert finding.message and (finding.path or "").isprintable()
+        if name == bom.BOM:  # with its own serial number, so that it is compared
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+                data = bom.numbered(json.loads(data)).encode()
+        write_package(folder, **{name: data})
+        for finding in origin.verify_package(folder):
+            assert finding.message.strip() and finding.message.isprintable(), finding
+            assert (finding.path or "").isprintable(), finding
 
     return read
 
@@ -635,9 +616,9 @@ TARGETS = {
         templates(), _tokenizer, use_template, ("chat template",), 0.5, extremes=False
     ),
 }
-for _name, _good in PACKAGE.items():
-    _read = read_package(_name)
-    TARGETS[f"package {Path(_name).name}"] = Target(json_like(_good), nothing, _read, (), 0.5)
+for _name in (name for name in PACKAGE if name.endswith(".json")):
+    _cases, _read = json_like(json.loads(PACKAGE[_name])), read_package(_name)
+    TARGETS[f"package {Path(_name).name}"] = Target(_cases, prepare_package, _read, (), 0.5)
 # These load a whole tokenizer for each case.
 for _name, _good in tokenizer_files().items():
     TARGETS[_name] = Target(json_like(_good), prepare_base, read_tokenizer(_name), (), 0.2)

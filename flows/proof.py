@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from flows.console import Json, console, print_json, stop, without_gc
-from stages.errors import UserError
+from stages.errors import UserError, on_one_line
 from stages.stage import PACKAGE
 
 STYLES = {"ok": "green", "not checked": "yellow", "failed": "bold red"}
@@ -98,7 +98,7 @@ def check(
                 signed=signed,
                 again=rebuild,
                 told=lambda done, total, name: status.update(
-                    f"reading {100 * done // max(total, 1)}% {name}"
+                    Text(f"reading {100 * done // max(total, 1)}% {name}")
                 ),
                 on_line=_shown_on(status),
             )
@@ -141,7 +141,7 @@ def _shown_on(status: Any) -> Any:
         nonlocal last
         if line and time.monotonic() > last + 0.25:
             last = time.monotonic()
-            status.update(f"making it again: {line[:80]}")
+            status.update(Text(f"making it again: {on_one_line(line[:80])}"))
 
     return show
 

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from flows import proof
 from flows.console import Json, console, in_project, print_json, stop
+from stages.errors import on_one_line
 
 if TYPE_CHECKING:
     from tasks.repair import Repair
@@ -102,13 +103,18 @@ def verify(  # noqa: PLR0917
 @contextmanager
 def _bar() -> Iterator[OnProgress]:
     """A bar on a terminal, and nothing elsewhere."""
-    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.description}")
+    columns = (
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     screen = Console(stderr=True)
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
         def on_progress(done: int, total: int, note: str) -> None:
-            bar.update(task, completed=done, total=total, description=note)
+            bar.update(task, completed=done, total=total, description=on_one_line(note))
 
         yield on_progress
 
@@ -161,4 +167,4 @@ def _print_finding(finding: Finding) -> None:
 
 def _print(word: str, style: str, text: str) -> None:
     console.print(f"[{style}]{word:<10}[/] ", end="")
-    console.print(text, markup=False)
+    console.print(on_one_line(text), markup=False)

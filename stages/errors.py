@@ -28,13 +28,16 @@ class UserError(Exception):
         super().__init__(printable(without_secrets(message)))
 
 
-def printable(text: str) -> str:
-    """The text with all but letters, signs, spaces and line ends as escapes, such as `\\x1b`."""
-    if text.replace("\n", "").isprintable():
-        return text
+def printable(text: str, keep: str = "\n") -> str:
+    """The text with all but letters, signs, spaces and what to keep as escapes, such as `\\x1b`."""
     return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def on_one_line(text: str) -> str:
+    """What a stranger wrote, such as the name of a file, with line ends as escapes too."""
+    return printable(text, keep="")
 
 
 def shortened(value: object, most: int = 80) -> str:

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from stages.errors import UserError
+from stages.errors import UserError, on_one_line
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"  # a signature is of the sums, so no sum of it can be among them
@@ -71,7 +71,9 @@ def verify(folder: Path) -> dict[str, str]:
     """
     found = check(folder)
     if found.problems:
-        raise UserError(f"not what was written: {', '.join(map(shown, sorted(found.problems)))}")
+        raise UserError(
+            f"not what was written: {', '.join(map(on_one_line, sorted(found.problems)))}"
+        )
     return {name: digest.sha256 for name, digest in found.files.items() if name != SUMS}
 
 
@@ -169,10 +171,10 @@ def read(folder: Path) -> dict[str, str]:
     for number, line in enumerate(lines, start=1):
         match = LINE.fullmatch(line)
         if not match:
-            raise UserError(f"line {number} is no sum and name: {shown(line[:100])}")
+            raise UserError(f"line {number} is no sum and name: {on_one_line(line[:100])}")
         digest, name = match.groups()
         if not within(name) or name in sums or name in (SUMS, SIGNATURE):
-            raise UserError(f"line {number} names what no package has: {shown(name[:100])}")
+            raise UserError(f"line {number} names what no package has: {on_one_line(name[:100])}")
         sums[name] = digest
     return sums
 
@@ -182,11 +184,6 @@ def within(name: str) -> bool:
     path = PurePosixPath(name)
     plain = name.isprintable() and "\\" not in name and path.as_posix() == name
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-
-
-def shown(name: str) -> str:
-    """A name that nobody vouches for, safe to print."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _listed(folder: Path, problems: dict[str, str]) -> Iterator[tuple[str, int]]:
@@ -203,7 +200,7 @@ def _listed(folder: Path, problems: dict[str, str]) -> Iterator[tuple[str, int]]
                 entries = list(islice(found, MOST_FILES + 1 - count))
             modes = [(entry, entry.stat(follow_symlinks=False)) for entry in entries]
         except OSError as error:
-            raise UserError(f"{shown(str(here))} cannot be read: {error.strerror}") from None
+            raise UserError(f"{on_one_line(str(here))} cannot be read: {error.strerror}") from None
         count += len(entries)
         if count > MOST_FILES:
             raise UserError(f"the folder has more than {MOST_FILES} files")

@@ -128,7 +128,7 @@ def check(folder: Path, signature: Path, trusted: Trusted) -> None:
             here.pop(SIGNATURE, None)
             signed = _signed(signature)
             names = sorted(n for n in signed.keys() | here if signed.get(n) != here.get(n))
-            said = ", ".join(map(sums.shown, names[:20]))
+            said = ", ".join(names[:20])
             raise UserError(f"is by whom it should be, and not of these files: {said}") from None
 
 

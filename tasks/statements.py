@@ -14,11 +14,11 @@ from cyclonedx.exception import CycloneDxException
 
 from stages import bom, foundry, sums
 from stages.card import card, parameters
-from stages.errors import UserError
+from stages.errors import UserError, on_one_line
 from stages.generation import provider
 from stages.package import CARD, MANIFEST, TRACE, volatile, writer
 from stages.stage import BASE, LINEAGE, METRICS, ONNX, TOOLCHAIN, as_json
-from stages.sums import SUMS, Checked, shown
+from stages.sums import SUMS, Checked
 from tasks import store
 
 MOST_LISTED = 1_000  # in a bill of materials, of some 300; its library takes n² time, here 2 s
@@ -64,14 +64,14 @@ class Package:
         before = len(self.findings)
 
         def say(message: str, where: str = path, verdict: Any = "failed") -> None:
-            self.findings.append(Finding(name, verdict, message, shown(where)))
+            self.findings.append(Finding(name, verdict, on_one_line(message), on_one_line(where)))
 
         try:
             yield say
         except UserError as error:
             say(str(error))
         except NONSENSE as error:
-            say(f"is not what Olivepress writes: {type(error).__name__}: {shown(str(error)[:200])}")
+            say(f"is not what Olivepress writes: {type(error).__name__}: {str(error)[:200]}")
         except RecursionError:
             say("is nested too deeply")
         if len(self.findings) == before:

@@ -437,6 +437,30 @@ def test_a_message_moves_no_cursor(tmp_path: Path) -> None:
         rows.read_rows(tmp_path / "rows.jsonl")
 
 
+FORGED = "x\nok          signature  model.sig: is of these files, by the key k.pub\x1b[8m"
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_a_package_writes_no_verdict_of_its_own(tmp_path: Path, library: bool) -> None:
+    lineage = json.loads(PACKAGE["lineage.json"])
+    if library:
+        lineage["package"]["record"]["versions"][FORGED] = "1"
+    else:
+        lineage[FORGED] = {"outs": {f"models/lineage/{FORGED}.json": "md5:"}, "record": {}}
+    write_package(tmp_path / "a", **{"lineage.json": json.dumps(lineage).encode()})
+    done = typed("verify", str(tmp_path / "a"), cwd=tmp_path)
+    assert done.exit_code == 1
+    assert "x\\nok  " in done.output and "\\x1b[8m" in done.output and "\x1b" not in done.output
+    assert not [line for line in done.output.splitlines() if re.match(r"ok +signature", line)]
+
+
+def test_a_name_in_a_package_is_no_markup(tmp_path: Path) -> None:
+    """On a terminal, `verify` shows the names that it reads."""
+    write_package(tmp_path / "a", **{"a[/]b": b""})
+    done = typed("verify", str(tmp_path / "a"), cwd=tmp_path)
+    assert done.exit_code == 1 and "a[/]b: is not the file that bom.cdx.json lists" in done.output
+
+
 @pytest.mark.parametrize(
     ("name", "keys", "value", "said"),
     [

@@ -126,6 +126,14 @@ def test_every_file_is_named_and_brought_back(made: Path, fault: str) -> None:
     assert (made / "runs").read_text() == "12"
 
 
+def test_a_name_of_a_file_writes_no_verdict(made: Path) -> None:
+    for name in ("n\nall sound", "\x1b[2J"):
+        (made / "out/first" / name).touch()
+    done = typed("verify", cwd=made)
+    assert done.exit_code == 1 and "n\\nall sound" in done.output and "\\x1b[2J" in done.output
+    assert "\nall sound" not in done.output and "\x1b" not in done.output
+
+
 def test_random_files_of_the_lab(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the real pipeline: its package, its models, its cache."""
     monkeypatch.chdir(lab)

@@ -24,6 +24,7 @@ from stages.sums import SIGNATURE, SUMS
 from tasks import bridge, rebuild, signing
 from tasks.origin import Finding, verify_package
 from tasks.signing import PASSWORD, Trusted
+from tests.fuzz.targets import write_package
 
 SECRET = "pa55word-of-the-key"
 pytestmark = pytest.mark.timeout(120, func_only=True)  # the lab, which a fixture makes, takes more
@@ -255,6 +256,31 @@ def test_a_run_does_not_wait_for_the_libraries_of_signing(tmp_path: Path) -> Non
         "print({'cyclonedx', 'model_signing', 'sigstore', 'OpenSSL'} & set(sys.modules))"
     )
     assert sh("python", "-c", code, cwd=tmp_path, PYTHONPATH=str(REPO)).stdout.strip() == "set()"
+
+
+def test_others_check_a_signature_with_model_signing_alone(tmp_path: Path, keys: Keys) -> None:
+    """As docs/reliability.md says it."""
+    folder = tmp_path / "package"
+    write_package(folder)
+    done = typed(
+        "sign", str(folder), "--key", str(keys.private), cwd=tmp_path, **{PASSWORD: SECRET}
+    )
+    assert done.exit_code == 0, done.output
+    docs = (REPO / "docs/reliability.md").read_text()
+    command = next(line for line in docs.splitlines() if "model_signing verify" in line)
+    places = {"PACKAGE": str(folder), "key.pub": str(keys.public)}
+    for name, place in places.items():
+        command = command.replace(name, place)
+
+    def check() -> tuple[int, str]:
+        done = sh(*command.split(), cwd=tmp_path, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = check()
+    assert code == 0 and "Verification succeeded" in said, said
+    flip(folder / "model.onnx")
+    code, said = check()
+    assert code and "Verification failed" in said and "Verification succeeded" not in said, said
 
 
 # Tampering.

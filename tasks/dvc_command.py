@@ -13,6 +13,7 @@ from pathlib import Path
 from stages.errors import UserError
 from stages.stage import killed_with_parent
 from tasks.command import Job
+from tasks.pipeline import site_cache
 
 MACHINE_CONFIG = "/etc/xdg/dvc"  # https://dvc.org/doc/user-guide/project-structure/configuration
 Progress = Callable[[int, int, str], None]
@@ -93,7 +94,8 @@ class Dvc:
         self._said, self._of_all = [], (0, 0)
         left = max(self._deadline - time.monotonic(), 0.1)
         job = Job(self._hear, min(left, within), {}, self.quiet_seconds)
-        env = {**os.environ, **self.env, "DVC_IGNORE_ISATTY": "1", "COLUMNS": "400"}
+        env = {"DVC_SITE_CACHE_DIR": site_cache(self.root), **os.environ, **self.env}
+        env |= {"DVC_IGNORE_ISATTY": "1", "COLUMNS": "400"}
         code = job.run(
             ["dvc", "--wait-for-lock", *args],
             env,

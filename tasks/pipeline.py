@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dvc.config import Config
 from dvc.dependency.param import ParamsDependency
+from dvc.env import DVC_SITE_CACHE_DIR
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
@@ -48,7 +51,24 @@ def _repo(root: Path) -> Repo:
     would be writable by all.
     """
     with _opening:
-        return Repo(str(root), _wait_for_lock=True)
+        place = {"core": {"site_cache_dir": site_cache(root)}}
+        return Repo(str(root), config=place, _wait_for_lock=True)
+
+
+def site_cache(root: Path) -> str:
+    """Where DVC keeps its databases of hashes: where a person has it, else in the clone.
+
+    By itself that is /var/tmp/dvc, and DVC makes a folder that is not there writable by all.
+    """
+    if asked := os.environ.get(DVC_SITE_CACHE_DIR):
+        return asked
+    with _said():
+        config = Config(str(root / ".dvc"), validate=False)
+        if asked := config.get("core", {}).get("site_cache_dir"):
+            return asked
+        folder = root / ".dvc/tmp/site"
+        (folder / "repo").mkdir(parents=True, exist_ok=True)
+        return str(folder)
 
 
 def check_depth(root: Path) -> None:

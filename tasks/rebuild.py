@@ -15,6 +15,7 @@ from stages.stage import LINEAGE, METRICS, PACKAGE, killed_with_parent, read_jso
 from stages.sums import SUMS
 from tasks import store
 from tasks.command import Job
+from tasks.pipeline import site_cache
 from tasks.pool.workspace import FOLDER, have_own_cache, remove, workspace
 
 BEGUN = re.compile(r"Running stage '(.+)':")
@@ -60,7 +61,7 @@ def _reproduce(folder: Path, on_line: Callable[[str], None]) -> None:
         UserError: with the last words of the stage that failed.
     """
     limit = params.load(folder / "params.yaml").run.time_limit_minutes * 60
-    job = Job(on_line, limit, {"DVC_NO_ANALYTICS": "1"})
+    job = Job(on_line, limit, {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": site_cache(folder)})
     command = ["dvc", "repro", "package"]
     if job.run(command, dict(os.environ), cwd=folder, preexec_fn=killed_with_parent):
         begun = [match[1] for match in map(BEGUN.match, job.lines) if match]

@@ -21,6 +21,7 @@ from lab import copy_project
 from stages.errors import UserError
 from stages.redact import without_secrets
 from tasks import overrides
+from tasks.dvc_command import Dvc
 from tasks.git import git
 from tests.watch.sitecustomize import is_here
 
@@ -137,6 +138,35 @@ def loosely(root: Path, bits: int) -> list[str]:
 
 def test_nothing_that_is_made_can_be_written_by_others(lab: Path) -> None:
     assert not loosely(lab, 0o002)
+
+
+def test_dvcs_database_is_in_the_clone_and_not_writable_by_others(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In /var/tmp, where DVC keeps it, another user could have another database in its place."""
+    monkeypatch.delenv("DVC_SITE_CACHE_DIR")
+    site = toy / ".dvc/tmp/site"
+    assert typed("status", cwd=toy).exit_code == 0
+    (ours,) = (site / "repo").iterdir()
+    shutil.rmtree(ours)
+    Dvc(toy, "dvc", 60, 60, lambda done, total, note: None).do("status")
+    assert list((site / "repo").iterdir()) == [ours] and not loosely(toy, 0o002)
+
+
+@pytest.mark.parametrize("by", ["environment", "configuration"])
+def test_a_place_for_dvcs_database_that_a_person_chose_is_kept(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    site = toy.parent / "site"
+    if by == "environment":
+        monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(site))
+    else:
+        monkeypatch.delenv("DVC_SITE_CACHE_DIR")
+        sh("dvc", "config", "--local", "core.site_cache_dir", str(site), cwd=toy)
+    assert typed("status", cwd=toy).exit_code == 0
+    (ours,) = (site / "repo").iterdir()
+    Dvc(toy, "dvc", 60, 60, lambda done, total, note: None).do("status")
+    assert list((site / "repo").iterdir()) == [ours] and not (toy / ".dvc/tmp/site").exists()
 
 
 def test_python_that_connects_to_elsewhere_is_found(

@@ -69,7 +69,7 @@ def _share_settings(root: Path, folder: Path) -> None:
     settings, cache = bridge.settings(root)
     local = configparser.ConfigParser(interpolation=None, strict=False)
     local.read(root / ".dvc/config.local")
-    ours = {"cache": {"dir": str(cache)}, "core": {"site_cache_dir": str(folder / ".dvc/tmp/site")}}
+    ours = {"cache": {"dir": str(cache)}}
     for name, remote in settings["remote"].items():
         ours[f"'remote \"{name}\"'"] = {"url": str(remote["url"])}
     _write_settings(local, ours, folder)

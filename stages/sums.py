@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from stages.errors import UserError, on_one_line
+from stages.reading import CONTROL
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"  # a signature is of the sums, so no sum of it can be among them
@@ -180,9 +181,14 @@ def read(folder: Path) -> dict[str, str]:
 
 
 def within(name: str) -> bool:
-    """Whether a name is that of a file in the folder, written in the one plain way."""
+    """Whether a name is that of a file in a package: it can be printed, and is inside."""
+    return name.isprintable() and inside(name)
+
+
+def inside(name: str) -> bool:
+    """Whether a path stays in its folder, is not the folder, and is written the plain way."""
     path = PurePosixPath(name)
-    plain = name.isprintable() and "\\" not in name and path.as_posix() == name
+    plain = not CONTROL.search(name) and "\\" not in name and path.as_posix() == name
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 

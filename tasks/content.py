@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from stages.reading import parsed
+from stages.sums import inside, shown
 
 Progress = Callable[[int, int, str], None]
 CHUNK = 1 << 20
+FILE = re.compile(r"[0-9a-f]{32}")
+OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")  # its name in DVC's cache; another may be any path
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,62 @@ def _read(path: Path, count: Callable[[Path, int], None]) -> Content:
     except OSError as error:
         return Content("", size, error.strerror or str(error))
     return Content(digest.hexdigest(), size)
+
+
+def listed(content: bytes) -> dict[str, str]:
+    """What a folder's listing says: name in the folder -> MD5.
+
+    Raises:
+        ValueError: as `files_of`; it is no JSON.
+    """
+    return files_of(parsed(content))
+
+
+def files_of(entries: Any) -> dict[str, str]:
+    """The files of a folder's listing: name in the folder -> MD5.
+
+    A listing may come from anyone, and each name and each MD5 in it becomes a path.
+
+    Raises:
+        ValueError: it is none, or has a name that no file in a folder has, or one twice.
+    """
+    if not isinstance(entries, list):
+        raise ValueError("no listing of a folder")
+    files: dict[str, str] = {}
+    for entry in entries:
+        match entry:
+            case {"relpath": str(name), "md5": str(md5)} if inside(name) and FILE.fullmatch(md5):
+                if name in files:
+                    raise ValueError(f"{shown(name)} is there twice")
+                files[name] = md5
+            case _:
+                raise ValueError(f"no file of a folder: {shown(str(entry)[:200])}")
+    return files
+
+
+def listing_of(cache: Path, md5: str) -> dict[str, str] | None:
+    """The files of a folder that the cache has the listing of; None if it has not, or a bad one."""
+    try:
+        return listed(object_path(cache, md5).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def kept(cache: Path, path: Path, md5: str) -> bool:
+    """Whether a file or folder has a content and the cache has it too; every byte is read."""
+    if not OBJECT.fullmatch(md5):
+        return False
+    files = {path: md5}
+    if md5.endswith(".dir"):
+        names = listing_of(cache, md5)
+        files = {path / name: its for name, its in (names or {}).items()}
+        here = {one for one in path.rglob("*") if one.is_symlink() or not one.is_dir()}
+        if names is None or here != files.keys():
+            return False
+    copies = {object_path(cache, its): its for its in [md5, *files.values()]}
+    held = read(files.keys() | copies.keys(), lambda done, total, note: None)
+    wanted = {**files, **copies}
+    return all(held[one].md5 == its.removesuffix(".dir") for one, its in wanted.items())
 
 
 def listing(files: dict[str, str]) -> bytes:

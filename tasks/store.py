@@ -30,6 +30,8 @@ from dvc_data.hashfile.tree import Tree
 from dvc_objects.errors import ObjectFormatError
 
 from stages.stage import remove
+from stages.sums import inside
+from tasks.content import kept
 
 T = TypeVar("T")
 TRIES = 20  # a tenth of a second apart: DVC takes some hundredths to write dvc.lock
@@ -210,8 +212,9 @@ def folder_md5(files: dict[str, str]) -> str:
 def remove_gone(repo: Repo, stages: Iterable[str]) -> list[str]:
     """Remove the outputs of stages that dvc.lock records and dvc.yaml no longer has.
 
-    They would be part of every input that is a whole folder. Left alone are what Git tracks and
-    what a stage of now makes. DVC's cache keeps the content.
+    They would be part of every input that is a whole folder. Left alone are what Git tracks, what a
+    stage of now makes, and what the cache does not keep: an edit, or what dvc.lock names and no
+    stage made.
 
     Returns:
         The paths that were removed.
@@ -220,23 +223,31 @@ def remove_gone(repo: Repo, stages: Iterable[str]) -> list[str]:
     lock = Lockfile(repo, str(root / "dvc.lock"))
     entries = patiently(Path(lock.path), lock.load).get("stages", {})
     gone = {name: entry for name, entry in entries.items() if name not in set(stages)}
+    cache = Path(repo.cache.local_cache_dir)
     removed = []
     with lock_repo(repo) if gone else contextlib.nullcontext():
         for name, entry in gone.items():
             for out in entry.get("outs", []):
-                if _is_free(repo, root / out["path"]):
+                free = _is_free(repo, out["path"])
+                if free and kept(cache, root / out["path"], str(out.get("md5"))):
                     remove(root / out["path"])
                     removed.append(out["path"])
             lock.remove_stage(SimpleNamespace(name=name))
     return removed
 
 
-def _is_free(repo: Repo, path: Path) -> bool:
-    """Whether a path exists, nothing of now makes it or a part of it, and Git does not track it."""
+def _is_free(repo: Repo, name: str) -> bool:
+    """Whether a path exists, nothing of now makes it or a part of it, and Git does not track it.
+
+    What is outside of the project, or of Git or DVC themselves, is not free.
+    """
+    root = Path(repo.root_dir).resolve()
+    path, real = Path(repo.root_dir) / name, os.path.relpath((root / name).resolve(), root)
+    if not inside(name) or not inside(real) or {".git", ".dvc"} & set(Path(real).parts):
+        return False
     made = [Path(out.fs_path) for out in repo.index.outs]
     overlaps = any(path.is_relative_to(out) or out.is_relative_to(path) for out in made)
-    inside = path.resolve().is_relative_to(Path(repo.root_dir).resolve())
-    return path.exists() and inside and not overlaps and not repo.scm.is_tracked(str(path))
+    return path.exists() and not overlaps and not repo.scm.is_tracked(str(path))
 
 
 def remove_leftovers(repo: Repo) -> list[str]:

@@ -20,6 +20,7 @@ from dvc.dvcfile import ProjectFile
 
 from conftest import REPO, init_project, sh
 from tasks import bridge, locks, overrides
+from tasks.content import listing, md5_of, object_path
 
 # Writes dvc.lock over and over, as often as it can, until there is a file `enough`.
 WRITER = """
@@ -230,6 +231,53 @@ def test_what_git_tracks_or_a_stage_still_makes_is_not_removed(toy: Path) -> Non
     (toy / "dvc.yaml").write_text("stages:\n  other:\n    cmd: touch x\n    outs: [x]\n")
     assert bridge.begin(toy)[1] == []
     assert (toy / "out/first").exists()
+
+
+def lock_stage(root: Path, *outs: str, md5: str = "1" * 32) -> None:
+    """Have dvc.lock record a stage `old` that dvc.yaml does not have."""
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    made = [{"path": out, "hash": "md5", "md5": md5, "size": 1} for out in outs]
+    lock["stages"]["old"] = {"cmd": "old", "outs": made}
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+
+
+def test_what_no_stage_made_is_not_removed(toy: Path) -> None:
+    """dvc.lock comes with a clone: it may name any path, and a content that the cache has."""
+    text = "# of mine\n"
+    (toy / "in.txt").write_text(text)
+    run_all(toy)  # so the cache has it
+    for root in (toy, toy.parent):
+        (root / "notes/.git").mkdir(parents=True)
+        for name in ("mine", ".git/config"):
+            (root / "notes" / name).write_text(text)
+    (toy / "up").symlink_to("..")
+    (toy / ".dvc/config.local").write_text(text)
+    md5 = md5_of(text.encode())
+    listed = listing({"mine": md5})
+    folder = object_path(toy / ".dvc/cache", f"{md5_of(listed)}.dir")
+    folder.parent.mkdir(exist_ok=True)
+    folder.write_bytes(listed)
+    paths = [".", ".git", ".dvc/cache", ".dvc/config.local", "notes", "notes/.git"]
+    paths += ["../notes", "up/notes", "notes/../.git", str(toy.parent / "notes")]
+    bridge.begin(toy)
+    before = set(toy.parent.rglob("*"))
+    for its in (md5, f"{md5_of(listed)}.dir", "../" * 9, "1" * 32):
+        lock = yaml.safe_load((toy / "dvc.lock").read_text())
+        outs = [{"path": path, "hash": "md5", "md5": its, "size": 1} for path in paths]
+        lock["stages"]["old"] = {"cmd": "old", "outs": outs}
+        (toy / "dvc.lock").write_text(yaml.safe_dump(lock))
+        assert bridge.begin(toy)[1] == []
+        assert before <= set(toy.parent.rglob("*"))
+    assert "old" not in locked(toy)
+
+
+def test_an_edit_of_an_output_outlives_its_stage(toy: Path) -> None:
+    run_all(toy)
+    (toy / "out/each-travel").write_text("by hand")
+    text = (toy / "dvc.yaml").read_text()
+    (toy / "dvc.yaml").write_text(text.partition("  each:")[0])
+    assert bridge.begin(toy)[1] == []
+    assert (toy / "out/each-travel").read_text() == "by hand"
 
 
 def test_unfinished_outputs_of_killed_stages_are_removed(toy: Path) -> None:

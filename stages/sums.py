@@ -186,7 +186,7 @@ def within(name: str) -> bool:
 
 
 def inside(name: str) -> bool:
-    """Whether a path stays in its folder, is not the folder, and is written the plain way."""
+    """Whether a path is that of something in a folder, written in the one plain way."""
     path = PurePosixPath(name)
     plain = not CONTROL.search(name) and "\\" not in name and path.as_posix() == name
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages.reading import parsed
@@ -114,6 +114,9 @@ def files_of(entries: Any) -> dict[str, str]:
                 files[name] = md5
             case _:
                 raise ValueError(f"no file of a folder: {shown(str(entry)[:200])}")
+    for name in files:
+        if any(str(above) in files for above in PurePosixPath(name).parents):
+            raise ValueError(f"{shown(name)} is in a file")
     return files
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from tasks.command import Job
 from tasks.pipeline import site_cache
 
 MACHINE_CONFIG = "/etc/xdg/dvc"  # https://dvc.org/doc/user-guide/project-structure/configuration
+DVC = [sys.executable, "-P", str(Path(__file__).with_name("checked_dvc.py"))]
 Progress = Callable[[int, int, str], None]
 
 SCREEN = re.compile(r"\x1b\[\w|^!$")  # what moves DVC's bars about
@@ -97,7 +99,7 @@ class Dvc:
         env = {"DVC_SITE_CACHE_DIR": site_cache(self.root), **os.environ, **self.env}
         env |= {"DVC_IGNORE_ISATTY": "1", "COLUMNS": "400"}
         code = job.run(
-            ["dvc", "--wait-for-lock", *args],
+            [*DVC, "--wait-for-lock", *args],
             env,
             cwd=cwd or self.root,
             preexec_fn=killed_with_parent,

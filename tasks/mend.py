@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 from stages.errors import UserError
 from tasks import bridge, git, integrity, remote
-from tasks.content import Content, Progress, listing, md5_of, object_path, read
+from tasks.content import Content, Progress, listing, listing_of, md5_of, object_path, read
 from tasks.verify import Finding, Look
 
 
@@ -162,10 +161,12 @@ def _add_if_sound(work: Work, md5: str) -> bool:
     path = object_path(work.cache, md5)
     if _content(path).md5 != md5.removesuffix(".dir"):
         return False
-    work.sound[md5] = path
     if md5.endswith(".dir"):
-        entries = json.loads(path.read_bytes())
-        work.now.listings[md5] = {entry["relpath"]: entry["md5"] for entry in entries}
+        files = listing_of(work.cache, md5)
+        if files is None:
+            return False
+        work.now.listings[md5] = files
+    work.sound[md5] = path
     return True
 
 

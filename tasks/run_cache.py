@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,9 +12,8 @@ import yaml
 
 from stages.errors import UserError
 from stages.reading import yaml_file
-from tasks.content import object_path
+from tasks.content import OBJECT, listing_of, object_path
 
-OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")  # its name in DVC's cache; another may be any path
 RECORD_BYTES = 8 << 20  # a record names some hundred files and parameters
 
 
@@ -80,12 +77,8 @@ def contents(cache: Path, name: str) -> set[str] | None:
     """An object and, of a folder, all that it lists; None when the listing is damaged or absent."""
     if not name.endswith(".dir"):
         return {name}
-    try:
-        listed = json.loads(object_path(cache, name).read_bytes())
-        names = {name, *(entry["md5"] for entry in listed)}
-        return names if all(map(OBJECT.fullmatch, names)) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    files = listing_of(cache, name)
+    return None if files is None else {name, *files.values()}
 
 
 def cached(cache: Path, name: str) -> bool:

@@ -27,14 +27,16 @@ from dvc_data.hashfile.db.local import LocalHashFileDB
 from dvc_data.hashfile.hash import file_md5
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.tree import Tree
+from dvc_objects.db import ObjectDB
 from dvc_objects.errors import ObjectFormatError
 
 from stages.stage import remove
-from stages.sums import inside
-from tasks.content import kept
+from stages.sums import inside, shown
+from tasks.content import files_of, kept
 
 T = TypeVar("T")
 TRIES = 20  # a tenth of a second apart: DVC takes some hundredths to write dvc.lock
+HASH = re.compile(r"[\w-]*(\.dir)?")  # or its first digits
 RECORD = re.compile(r"[0-9a-f]{64}")  # the name of one in DVC's run-cache
 LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")  # as stages.stage.new_output names them
 
@@ -106,6 +108,39 @@ def _newest_whole(cache: StageCache, stage: Any) -> dict[str, Any] | None:
 
 
 StageCache._load = _newest_whole
+
+
+class Unsafe(ObjectFormatError, DvcException):
+    """What DVC would make a path of is none of its own: a name in a listing, or a hash."""
+
+
+def _files_inside(cls: type[Tree], lst: Any, hash_name: str | None = None) -> Tree:
+    """Take the place of `Tree.from_list`, which believes any name: DVC would write to it."""
+    try:
+        files_of(lst)
+    except ValueError as error:
+        raise Unsafe(f"the listing of a folder is not sound: {error}") from None
+    return _dvc_from_list(lst, hash_name=hash_name)
+
+
+_dvc_from_list = Tree.from_list
+Tree.from_list = classmethod(_files_inside)  # type: ignore[assignment,arg-type]
+
+
+def _inside(path_of: Callable[[Any, str], str]) -> Callable[[Any, str], str]:
+    """`oid_to_path`, which believes any hash: DVC reads what is there, and removes it if it is not
+    what the hash says."""
+
+    def oid_to_path(db: Any, oid: str) -> str:
+        if not HASH.fullmatch(oid):
+            raise Unsafe(f"no hash: {shown(oid)}")
+        return path_of(db, oid)
+
+    return oid_to_path
+
+
+for _db in (ObjectDB, LocalHashFileDB):
+    _db.oid_to_path = _inside(_db.oid_to_path)  # type: ignore[method-assign]
 
 
 def patiently(lock: Path, read: Callable[[], T]) -> T:

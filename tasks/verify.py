@@ -6,8 +6,6 @@ from what the memory holds of it.
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,11 +14,19 @@ from typing import Any, Literal
 
 from stages.errors import UserError
 from tasks import integrity
-from tasks.content import Content, Progress, listing_hash, object_path, objects, read
+from tasks.content import (
+    OBJECT,
+    Content,
+    Progress,
+    listing_hash,
+    listing_of,
+    object_path,
+    objects,
+    read,
+)
 
 Kind = Literal["output", "input", "object", "record"]
 What = Literal["damaged", "truncated", "missing", "swapped", "changed", "extra", "unreadable"]
-OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 @dataclass(frozen=True)
@@ -161,9 +167,9 @@ def _listing(now: Look, path: str, md5: str) -> dict[str, str] | None:
         there = object_path(now.records.cache, md5)
         content = now.held.get(there)
         here = present(now, path)
-        if content and f"{content.md5}.dir" == md5:
-            entries = json.loads(there.read_bytes())
-            now.listings[md5] = {entry["relpath"]: entry["md5"] for entry in entries}
+        sound = content and f"{content.md5}.dir" == md5
+        if sound and (files := listing_of(now.records.cache, md5)) is not None:
+            now.listings[md5] = files
         elif listing_hash(here) == md5:
             now.listings[md5] = here
     return now.listings.get(md5)
@@ -265,6 +271,10 @@ def _check_objects(now: Look, there: set[Path]) -> None:
             of = now.names.get(name, ["no run that is known"])
             what, note = _differs(now, content, name)
             now.found("object", _shown(now, path), what, of=of, note=note, md5=name)
+        elif name.endswith(".dir") and listing_of(now.records.cache, name) is None:
+            of = now.names.get(name, ["no run that is known"])
+            note = "lists what is no file of a folder"
+            now.found("object", _shown(now, path), "damaged", of=of, note=note, md5=name)
     kept = {one.md5: one.path for one in now.records.files if one.cached}
     needed = {its: kept[out] for out in kept for its in (out, *now.listings.get(out, {}).values())}
     for md5, path_of in needed.items():

@@ -18,7 +18,8 @@ from benchmarks.rot import FAULTS, content, files, flip, trial, written
 from conftest import BIN, init_project, typed
 from lab import commit
 from stages.errors import UserError
-from tasks import bridge, overrides, remote
+from tasks import bridge, integrity, overrides, remote
+from tasks.content import md5_of, object_path
 from tasks.repair import repair
 from tasks.turn import turn
 from tasks.verify import check
@@ -516,3 +517,74 @@ def test_what_arrives_rotten_is_refused(made: Path) -> None:
     assert not bad.exists() and not record.exists()
     assert both(made) == ["run", "unchanged"]
     assert check(made).sound
+
+
+# A cache that lies.
+
+
+def relabel(root: Path, name: str, *, md5: str = "") -> None:
+    """Have the only record of `first` and dvc.lock say that its folder has a file of this name.
+
+    All hashes are right; the listing, an object like others, arrives with a pull.
+    """
+    old = yaml.safe_load((root / "dvc.lock").read_text())["stages"]["first"]["outs"][0]["md5"]
+    entries = json.loads(object_of(root, "out/first").read_text())
+    entries[0] = {"relpath": name, "md5": md5 or entries[0]["md5"]}
+    listing = json.dumps(entries).encode()
+    new = f"{md5_of(listing)}.dir"
+    place = object_path(root / ".dvc/cache", new)
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(listing)
+    place.chmod(0o444)
+    record = record_of(root, "first")
+    lock = (root / "dvc.lock").read_text().replace(old, new)
+    (root / "dvc.lock").write_text(lock)
+    entry = yaml.safe_load(record.read_text().replace(old, new))
+    record.unlink()
+    record.with_name(integrity.run_name(entry)[1]).write_text(integrity.record_text(entry))
+
+
+BAD_NAMES = ["../../../escaped", "{root}/../escaped", "b", "a//b", "./x", "..", "", "a\nb", "b/c"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_listing_names_files_of_its_folder(made: Path, name: str) -> None:
+    relabel(made, name.format(root=made))
+    shutil.rmtree(made / "out")
+    assert any(one.kind == "object" and "lists" in one.note for one in check(made).findings)
+    assert both(made) == ["run", "restore"]
+    assert sorted(path.name for path in (made / "out/first").iterdir()) == ["a", "b", "c"]
+    assert not list(made.parent.rglob("escaped"))
+
+
+def test_what_arrives_with_names_of_elsewhere_is_refused(made: Path) -> None:
+    store(made)
+    relabel(made, "../../../escaped")
+    shutil.copytree(made / ".dvc/cache", made / "remote")
+    shutil.rmtree(made / ".dvc/cache")
+    shutil.rmtree(made / "out")
+    with pytest.raises(UserError, match=r"listing of a folder is not sound: .*escaped"):
+        remote.pull(made)
+    assert not list(made.parent.rglob("escaped"))
+    assert both(made) == ["run", "run"]
+
+
+def test_a_hash_that_is_a_path_is_no_object(made: Path) -> None:
+    store(made)
+    victim = made.parent / "victim"
+    victim.write_text("mine")
+    text = (made / "dvc.lock").read_text()
+    md5 = yaml.safe_load(text)["stages"]["each@travel"]["outs"][0]["md5"]
+    bad = "../" * 5 + victim.name  # from .dvc/cache/files/md5
+    (made / "dvc.lock").write_text(text.replace(md5, bad))
+    for act in (check, repair, remote.push, remote.pull):
+        with contextlib.suppress(UserError):
+            act(made)
+        assert victim.read_text() == "mine"
+    (made / "dvc.lock").write_text(text.replace(md5, bad))
+    (made / "out/each-travel").unlink()
+    assert both(made) == ["unchanged", "run"]
+    assert victim.read_text() == "mine"
+    relabel(made, "a", md5=bad)
+    assert both(made)[0] == "run"
+    assert victim.read_text() == "mine"

@@ -7,18 +7,19 @@ of its cache whose mode is 0444 for sound. Here the bytes are read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dvc.dependency.param import ParamsDependency
+from dvc.dvcfile import Lockfile
 from dvc.exceptions import DvcException
 from dvc.output import Output
-from dvc.repo import Repo
+from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import StageCache, _get_cache_hash
-from dvc.utils.serialize import dumps_yaml, loads_yaml
+from dvc.utils.serialize import dumps_yaml, loads_yaml, modify_yaml
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
 from dvc_data.hashfile.tree import Tree
@@ -224,6 +225,8 @@ class Records:
     """DVC's folder for what is no part of the project."""
     files: list[Recorded]
     runs: list[RunRecord]
+    lock: dict[str, Any]
+    """The stages of dvc.lock, by name."""
     at_work: set[int]
     """Process ids of runs and `dvc` commands that hold parts of the project now."""
 
@@ -241,8 +244,17 @@ def records(root: Path) -> Records:
             Path(repo.tmp_dir),
             _all_recorded(repo, stages(repo).values()),
             [run_record(path) for path in run_cache.records(cache)],
+            Lockfile(repo, str(root / "dvc.lock")).load().get("stages", {}),
             locks.at_work(Path(repo.tmp_dir)),
         )
+
+
+def change_lock(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change each stage of dvc.lock in place."""
+    path = root / "dvc.lock"
+    with opened(root) as repo, lock_repo(repo), modify_yaml(path) as lock:
+        for entry in lock["stages"].values():
+            change(entry)
 
 
 def run_name(entry: dict[str, Any]) -> tuple[str, str]:

@@ -170,6 +170,14 @@ def _add_if_sound(work: Work, md5: str) -> bool:
     return True
 
 
+def mend_lock(work: Work) -> None:
+    """Put the sizes right that dvc.lock says."""
+    found = [one for one in work.now.report.findings if one.kind == "lock"]
+    if any(one.path == "dvc.lock" for one in found):
+        integrity.change_lock(work.now.root, partial(_resize, work))
+        work.say("dvc.lock", "written again with the sizes of what is here")
+
+
 def mend_records(work: Work) -> None:
     """Write records of the run-cache again that dvc.lock has, or that say a wrong size."""
     bad = {one.path for one in work.now.report.findings if one.kind == "record"}
@@ -183,23 +191,23 @@ def mend_records(work: Work) -> None:
         if integrity.run_record(run.path).entry != run.entry:
             work.say(name, "fetched from the remote")
             continue
-        entry = entries.get((run.path.parent.name, run.path.name)) or _resized(work, run.entry)
+        entry = entries.get((run.path.parent.name, run.path.name)) or run.entry
         work.set_aside(name, run.path)
         if entry:
+            _resize(work, entry)
             run.path.write_text(integrity.record_text(entry), "utf-8")
             work.say(name, "written again")
         else:
             work.say(name, "of an earlier run: removed; what it named is computed if asked for")
 
 
-def _resized(work: Work, entry: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A record with the sizes that its contents have."""
-    for one in [*entry.get("deps", []), *entry["outs"]] if entry else []:
+def _resize(work: Work, entry: dict[str, Any]) -> None:
+    """Have a record say the sizes that its contents have."""
+    for one in [*entry.get("deps", []), *entry.get("outs", [])]:
         if one.get("md5") in work.now.sizes:
             one["size"] = work.now.sizes[one["md5"]]
         if one.get("md5") in work.now.listings:
             one["nfiles"] = len(work.now.listings[one["md5"]])
-    return entry
 
 
 def damaged_outputs(work: Work) -> list[integrity.Recorded]:

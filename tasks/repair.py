@@ -21,6 +21,7 @@ from tasks.mend import (
     Work,
     damaged_outputs,
     has,
+    mend_lock,
     mend_objects,
     mend_records,
     restore_input,
@@ -69,6 +70,7 @@ def _repair(root: Path, on_progress: Progress, on_line: Callable[[str], None]) -
         if found.kind == "input":
             restore_input(work, found)
     lost = mend_objects(work)
+    mend_lock(work)
     mend_records(work)
     failed = {one.path: one for one in damaged_outputs(work) if not restore_output(work, one)}
     for stage, wanted in _lost_stages(work, lost, failed).items():

@@ -25,7 +25,7 @@ from tasks.content import (
     read,
 )
 
-Kind = Literal["output", "input", "object", "record"]
+Kind = Literal["output", "input", "object", "record", "lock"]
 What = Literal["damaged", "truncated", "missing", "swapped", "changed", "extra", "unreadable"]
 
 
@@ -37,7 +37,7 @@ class Finding:
     """In the project; absolute for a cache that is elsewhere."""
     kind: Kind
     """A file of the workspace that a stage made or that DVC keeps; another one that stages read; an
-    object of the cache; a record of the run-cache."""
+    object of the cache; a record of the run-cache; dvc.lock or a `.dvc` file."""
     what: What
     of: list[str]
     """The outputs that it is of, with what makes them: `models/base/config.json (fetch)`."""
@@ -127,6 +127,7 @@ def look(root: Path, on_progress: Progress = lambda done, total, note: None) -> 
         (_check_output if one.maker else _check_input)(now, one)
     _check_objects(now, kept)
     _check_records(now)
+    _check_lock(now)
     report.seconds = time.monotonic() - started
     return now
 
@@ -134,25 +135,30 @@ def look(root: Path, on_progress: Progress = lambda done, total, note: None) -> 
 def _learn(now: Look) -> None:
     """Fill in what contents there are: listings, names and sizes."""
     earlier = [
-        (out["path"], "an earlier run", out["md5"], out.get("size"))
+        (out["path"], "an earlier run", out["md5"])
         for run in now.records.runs
         if run.entry
         for out in run.entry["outs"]
         if "md5" in out
     ]
-    latest = [(one.path, one.maker, one.md5, one.size) for one in now.records.files]
-    for path, maker, md5, size in [*latest, *earlier]:
+    now.sizes |= {one.md5: one.size for one in now.held.values() if not one.error}
+    latest = [(one.path, one.maker, one.md5) for one in now.records.files]
+    for path, maker, md5 in [*latest, *earlier]:
         name = f"{path} ({maker})" if maker else path
         _name(now, md5, name)
         if not md5.endswith(".dir"):
-            if size is not None:
-                now.sizes.setdefault(md5, size)
             continue
         for inner, its in (_listing(now, path, md5) or {}).items():
             _name(now, its, f"{path}/{inner} ({maker})" if maker else f"{path}/{inner}")
-    for content in now.held.values():
-        if content.md5 in now.names:
-            now.sizes.setdefault(content.md5, content.size)
+    for md5, files in now.listings.items():
+        if all(its in now.sizes for its in files.values()):
+            now.sizes[md5] = sum(now.sizes[its] for its in files.values())
+    # Of what is not here: what is recorded, most of it of inputs that were edited.
+    entries = [*now.records.lock.values(), *(run.entry for run in now.records.runs)]
+    said = [(one["md5"], one["size"]) for entry in entries for one in _sized(entry)]
+    for md5, size in [*said, *((one.md5, one.size) for one in now.records.files)]:
+        if size is not None:
+            now.sizes.setdefault(md5, size)
 
 
 def _name(now: Look, md5: str, name: str) -> None:
@@ -285,27 +291,16 @@ def _check_objects(now: Look, there: set[Path]) -> None:
 
 
 def _check_records(now: Look) -> None:
-    """Compare records with their names, with DVC's form, and with the sizes of what is here."""
-    lengths, sizes = {md5: len(files) for md5, files in now.listings.items()}, now.sizes
-    for md5, files in now.listings.items():
-        if all(its in sizes for its in files.values()):
-            sizes[md5] = sum(sizes[its] for its in files.values())
-    # Of inputs that are no longer here as they were: what most records say.
-    for run in now.records.runs:
-        for one in _sized(run.entry):
-            sizes.setdefault(one["md5"], one["size"])
-    sizes |= {one.md5: one.size for one in now.records.files if one.size is not None}
+    """Compare records with their names, with DVC's form, and with the sizes of what is here.
+
+    Sizes are in no name.
+    """
     for run in now.records.runs:
         shown = _shown(now, run.path)
         if not run.entry:
             now.found("record", shown, "damaged", note="not what its name says")
             continue
-        wrong = [
-            one["path"]
-            for one in _sized(run.entry)
-            if sizes.get(one["md5"], one["size"]) != one["size"]
-            or lengths.get(one["md5"], one.get("nfiles")) != one.get("nfiles")
-        ]
+        wrong = _missized(now, run.entry)
         of = [str(out["path"]) for out in run.entry["outs"]]
         if wrong:
             note = f"says a wrong size of {', '.join(wrong)}"
@@ -313,6 +308,30 @@ def _check_records(now: Look) -> None:
         elif run.path.read_text("utf-8") != run.text:
             note = "not in the form that DVC writes"
             now.found("record", shown, "damaged", of=of, note=note)
+
+
+def _check_lock(now: Look) -> None:
+    """Compare the sizes that dvc.lock and `.dvc` files say with what is here."""
+    found = {name: _missized(now, entry) for name, entry in now.records.lock.items()}
+    if of := [name for name, wrong in found.items() if wrong]:
+        wrong = sorted({path for paths in found.values() for path in paths})
+        note = f"says a wrong size of {', '.join(wrong)}"
+        now.found("lock", "dvc.lock", "damaged", of=of, note=note)
+    for one in now.records.files:
+        if one.maker and _is_data(one) and now.sizes.get(one.md5, one.size) != one.size is not None:
+            note = f"says a wrong size: dvc commit {one.maker} writes it again"
+            now.found("lock", one.maker, "damaged", note=note)
+
+
+def _missized(now: Look, entry: dict[str, Any]) -> list[str]:
+    """What an entry of dvc.lock or the run-cache says a wrong size of, or number of files."""
+    lengths = {md5: len(files) for md5, files in now.listings.items()}
+    return [
+        one["path"]
+        for one in _sized(entry)
+        if now.sizes.get(one["md5"], one["size"]) != one["size"]
+        or lengths.get(one["md5"], one.get("nfiles")) != one.get("nfiles")
+    ]
 
 
 def _sized(entry: dict[str, Any] | None) -> list[dict[str, Any]]:

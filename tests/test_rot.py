@@ -322,6 +322,32 @@ def test_dvc_lock_itself(made: Path) -> None:
     assert done.exit_code == 1 and "dvc.lock is not there: olivepress run writes it" in done.stderr
 
 
+def test_a_wrong_size_in_dvc_lock(made: Path) -> None:
+    """A size is in no hash: what was measured counts, and no record is changed for it."""
+    before, lock = content(made), made / "dvc.lock"
+    size = str((made / "out/each-travel").stat().st_size)
+    text = lock.read_text()
+    assert text.count(f"size: {size}\n") == 1
+    lock.write_text(text.replace(f"size: {size}\n", "size: 99\n"))
+    (one,) = check(made).findings
+    assert (one.path, one.what, one.of) == ("dvc.lock", "damaged", ["each@travel"])
+    assert one.note == "says a wrong size of out/each-travel"
+    lock.write_text(text.replace("nfiles: 3\n", "nfiles: 5\n"))
+    assert found(made) == [("dvc.lock", "damaged")]
+    assert repair(made).after.sound
+    assert content(made) == before
+
+
+def test_a_wrong_size_in_both(made: Path) -> None:
+    before, size = content(made), (made / "out/each-travel").stat().st_size
+    record = record_of(made, "each@travel")
+    for path in (made / "dvc.lock", record):
+        path.write_text(path.read_text().replace(f"size: {size}\n", "size: 99\n"))
+    assert {path for path, _ in found(made)} == {"dvc.lock", record.relative_to(made).as_posix()}
+    assert repair(made).after.sound
+    assert content(made) == before
+
+
 def test_nothing_is_repaired_while_a_run_writes(made: Path) -> None:
     """What a stage is writing is not damaged."""
     (made / "each.py").write_text(f"print('on', flush=True)\ninput()\n{EACH}")

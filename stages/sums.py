@@ -131,9 +131,13 @@ def digest(path: Path, size: int | None = None) -> Digest:
     return Digest(sha.hexdigest(), md5.hexdigest(), size)
 
 
-def opened(path: Path) -> BinaryIO:
-    """A regular file, open for reading; never a link, a pipe or a device, on which one may wait."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+def opened(path: Path, *, links: bool = False) -> BinaryIO:
+    """A regular file, open for reading; never a pipe or a device, on which one may wait.
+
+    Args:
+        links: whether links are followed.
+    """
+    descriptor = os.open(path, os.O_RDONLY | (0 if links else os.O_NOFOLLOW) | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(0, "not a regular file")

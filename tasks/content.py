@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages.reading import parsed
-from stages.sums import inside, shown
+from stages.sums import inside, opened, shown
 
 Progress = Callable[[int, int, str], None]
 CHUNK = 1 << 20
@@ -58,7 +58,7 @@ def read(paths: Iterable[Path], on_progress: Progress) -> dict[Path, Content]:
         nonlocal done
         with alone:
             done += size
-            on_progress(done, total, path.name)
+            on_progress(done, total, shown(path.name))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(sizes, pool.map(lambda path: _read(path, count), sizes), strict=True))
@@ -74,7 +74,7 @@ def _size(path: Path) -> int:
 def _read(path: Path, count: Callable[[Path, int], None]) -> Content:
     digest, size = hashlib.md5(usedforsecurity=False), 0
     try:
-        with path.open("rb", buffering=0) as file:
+        with opened(path, links=True) as file:
             if hasattr(os, "posix_fadvise"):  # have the disk read, not the memory
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while chunk := file.read(CHUNK):

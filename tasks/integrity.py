@@ -204,11 +204,12 @@ def _recorded(repo: Repo, out: Output, maker: str | None) -> Recorded:
         files = list(repo.dvcignore.find(out.fs, out.fs_path))
     else:
         files = [out.fs_path] if Path(out.fs_path).is_file() else []
-    infos = {path: out.fs.info(path) for path in files}
-    believed = {path: info for path, _, info in repo.state.get_many(files, out.fs, infos)}
+    known = [path for path in files if path.encode("utf-8", "ignore") == os.fsencode(path)]
+    infos = {path: out.fs.info(path) for path in known}
+    believed = {path: info for path, _, info in repo.state.get_many(known, out.fs, infos)}
     there = {
         Path(os.path.relpath(path, root)).as_posix(): info.value if info else None
-        for path, info in believed.items()
+        for path, info in (dict.fromkeys(files) | believed).items()
     }
     path = Path(os.path.relpath(out.fs_path, root)).as_posix()
     cached = bool(maker and out.use_cache)

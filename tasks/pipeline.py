@@ -98,6 +98,9 @@ def _said() -> Iterator[None]:
         if isinstance(error, OSError):
             raise
         raise UserError(_words(error)) from error
+    except UnicodeEncodeError as error:
+        name = os.fsencode(error.object)
+        raise UserError(f"a file's name is not UTF-8: {str(name)[2:-1]}") from None
     except RecursionError:
         raise UserError(f"one of {', '.join(FILES[:3])} is nested too deep") from None
 

@@ -174,6 +174,35 @@ def test_what_is_said_of_each(made: Path) -> None:
     assert report.stale == ["each.py"] and len(report.findings) == 4
 
 
+@pytest.mark.parametrize("where", ["out/first", "data"])
+def test_files_of_a_kind_that_no_stage_makes(made: Path, where: str) -> None:
+    """A pipe was waited for without end, and a name in Latin-1 ended in a traceback."""
+    if where == "data":
+        text = (made / "dvc.yaml").read_text()
+        (made / "dvc.yaml").write_text(text.replace("deps: [in.txt,", "deps: [data, in.txt,"))
+        (made / "data").mkdir()
+        (made / "data/rows").write_text("1")
+        run(made)
+    name = os.fsdecode(b"caf\xe9")
+    (made / where / name).write_text("latin")
+    os.mkfifo(made / where / "pipe")
+    done = typed("verify", "--json", cwd=made)
+    said = {one["path"]: one["what"] for one in json.loads(done.stdout)["findings"]}
+    if where == "data":
+        assert said == {"data/pipe": "unreadable"}
+        (made / "data/pipe").unlink()
+        with pytest.raises(UserError, match=r"name is not UTF-8: .*data/caf\\xe9"):
+            bridge.status(made)
+        return
+    assert said == {f"out/first/{name}": "extra", "out/first/pipe": "extra"}
+    shown = typed("verify", cwd=made)
+    assert "extra      out/first/caf\\udce9 (first)" in shown.stdout
+    done = typed("verify", "--repair", cwd=made)
+    assert done.exit_code == 0 and "all sound" in done.stdout
+    aside = {path.name for path in (made / ".dvc/tmp/damaged").rglob("*") if not path.is_dir()}
+    assert aside == {name, "pipe"}
+
+
 def test_an_edit_is_no_damage(made: Path) -> None:
     (made / "in.txt").write_text("other\n")
     done = typed("verify", cwd=made)

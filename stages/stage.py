@@ -135,14 +135,30 @@ def new_output(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.tmp-*"):  # of a run that was killed
         remove(left)
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    try:
+    with replacing(path) as temporary:
         yield temporary
         if not temporary.exists():
             raise RuntimeError(f"nothing was written to {path}")
         _open_to_readers(temporary)
-        remove(path)
-        temporary.rename(path)
+
+
+@contextmanager
+def replacing(path: Path, ready: Callable[[], object] = lambda: None) -> Iterator[Path]:
+    """A temporary sibling of `path` to write to; it becomes `path` only when nothing was raised.
+
+    Whoever reads `path` meanwhile, or after a kill, has all of the one before or of this one; a
+    folder may also be missing.
+
+    Args:
+        ready: called when all of it is there, before it takes its place.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        ready()
+        if temporary.is_dir() or path.is_dir():
+            remove(path)
+        os.replace(temporary, path)
     finally:
         remove(temporary)
 

@@ -15,6 +15,8 @@ from dvc.repo import Repo
 from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 from zc.lockfile import SimpleLockFile
 
+from tasks import store
+
 CLOCK_SECONDS = 2  # by which the start of a process may seem later than it was
 
 
@@ -60,9 +62,7 @@ def remove_dead(repo: Repo) -> None:
                 del held["write"][name]
         for name, readers in list(held.get("read", {}).items()):
             held["read"][name] = [reader for reader in readers if _lives(reader, written)]
-        whole = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        whole.write_text(json.dumps(held), "utf-8")
-        whole.replace(path)
+        store.replace(path, json.dumps(held).encode())
 
 
 def at_work(tmp: Path) -> set[int]:

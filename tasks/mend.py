@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
+from stages.stage import replacing
 from tasks import bridge, git, integrity, remote
 from tasks.content import Content, Progress, listing, listing_of, md5_of, object_path, read
 from tasks.verify import Finding, Look
+
+UNWRITTEN = "could not be written: is the disk full?"
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ def restore_input(work: Work, found: Finding) -> None:
     if content is None or md5_of(content) != found.md5:
         how = "no sound copy is in the last commit: put it back, or touch it if the change is yours"
         return work.say(found.path, how, mended=False)
-    mode = (work.now.root / found.path).stat().st_mode
-    work.set_aside(found.path, work.now.root / found.path)
-    (work.now.root / found.path).write_bytes(content)
-    (work.now.root / found.path).chmod(mode)
+    path = work.now.root / found.path
+    aside = partial(work.set_aside, found.path, path)
+    if not _write(path, content, path.stat().st_mode, aside):
+        return work.say(found.path, UNWRITTEN, mended=False)
     return work.say(found.path, "restored from the last commit")
 
 
@@ -108,11 +110,11 @@ def _from_here(work: Work, md5: str) -> bool:
         content = listing(files) if files else None
         if content is None or f"{md5_of(content)}.dir" != md5:
             return False
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
+        if not _write(target, content, 0o444):  # as DVC leaves its objects
+            return False
     elif md5 not in work.sound or not _copy(work.sound[md5], target, md5):
         return False
-    target.chmod(0o444)  # as DVC leaves its objects
+    target.chmod(0o444)
     work.sound[md5] = target
     return True
 
@@ -124,20 +126,30 @@ def _copy(source: Path, target: Path, md5: str, ready: Callable[[], Any] = lambd
         ready: called when the copy is there, before it takes its place.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
-        shutil.copyfile(source, temporary)
-        if _content(temporary).md5 != md5:
-            return False
-        if target.exists():
-            temporary.chmod(target.stat().st_mode)
-        ready()
-        temporary.replace(target)
+        with replacing(target, ready) as temporary:
+            shutil.copyfile(source, temporary)
+            if _content(temporary).md5 != md5:
+                raise OSError(f"{source} is not what it was")
+            if target.exists():
+                temporary.chmod(target.stat().st_mode)
         return True
     except OSError:
         return False
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _write(
+    target: Path, content: bytes, mode: int, ready: Callable[[], Any] = lambda: None
+) -> bool:
+    """Write a file whole or not at all; `ready` as for `_copy`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(target, ready) as temporary:
+            temporary.write_bytes(content)
+            temporary.chmod(mode)
+        return True
+    except OSError:
+        return False
 
 
 def _content(path: Path) -> Content:
@@ -192,12 +204,14 @@ def mend_records(work: Work) -> None:
             work.say(name, "fetched from the remote")
             continue
         entry = entries.get((run.path.parent.name, run.path.name)) or run.entry
-        work.set_aside(name, run.path)
+        aside = partial(work.set_aside, name, run.path)
         if entry:
             _resize(work, entry)
-            run.path.write_text(integrity.record_text(entry), "utf-8")
-            work.say(name, "written again")
+            text = integrity.record_text(entry).encode()
+            done = _write(run.path, text, run.path.stat().st_mode, aside)
+            work.say(name, "written again" if done else UNWRITTEN, mended=done)
         else:
+            aside()
             work.say(name, "of an earlier run: removed; what it named is computed if asked for")
 
 

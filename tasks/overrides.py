@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from stages import params
 from stages.errors import UserError
 from stages.reading import YAML_BYTES, content, yaml_value
+from stages.stage import replacing
 
 
 def parse(assignments: list[str]) -> dict[str, Any]:
@@ -66,9 +66,8 @@ def apply(root: Path, overrides: Mapping[str, Any]) -> list[str]:
     text = out.getvalue()
     params.check(yaml_value(text, path.name))
     if changes:
-        temporary = path.with_name(f".params.yaml.tmp-{os.getpid()}")
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, "utf-8")
     return changes
 
 

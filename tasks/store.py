@@ -30,7 +30,7 @@ from dvc_data.hashfile.tree import Tree
 from dvc_objects.db import ObjectDB
 from dvc_objects.errors import ObjectFormatError
 
-from stages.stage import remove
+from stages.stage import remove, replacing
 from stages.sums import inside, shown
 from tasks.content import files_of, kept
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 TRIES = 20  # a tenth of a second apart: DVC takes some hundredths to write dvc.lock
 HASH = re.compile(r"[\w-]*(\.dir)?")  # or its first digits
 RECORD = re.compile(r"[0-9a-f]{64}")  # the name of one in DVC's run-cache
-LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")  # as stages.stage.new_output names them
+LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")  # as stages.stage.replacing names them
 
 
 def _dump_whole(path: Any, *args: Any, **kwargs: Any) -> None:
@@ -46,23 +46,14 @@ def _dump_whole(path: Any, *args: Any, **kwargs: Any) -> None:
 
     DVC writes dvc.lock in place, so one who reads it meanwhile sees a part of it.
     """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
+    with replacing(Path(os.path.realpath(path))) as temporary:
         _dvc_dump(str(temporary), *args, **kwargs)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def replace(path: Path, content: bytes) -> None:
     """Write a file as a whole: who reads it meanwhile sees the one before or this one."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _one_at_a_time(schema: Callable[[T], T]) -> Callable[[T], T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -219,6 +220,37 @@ def test_an_edit_that_rots_is_not_undone(made: Path) -> None:
     assert [(one.path, one.what) for one in mending.after.findings] == [("in.txt", "damaged")]
     assert (made / "in.txt").read_text() == "edjted\n"
     assert any(not one.mended and "touch it" in one.how for one in mending.done)
+
+
+@pytest.mark.parametrize("what", ["in.txt", "listing", "record"])
+def test_a_disk_that_is_full_leaves_no_half_of_a_file(
+    made: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a source file counted as an edit, and was sound."""
+    (made / "in.txt").write_text("hello there\n")
+    both(made)
+    commit(made, "again")
+    paths = {"in.txt": made / "in.txt", "listing": object_of(made, "out/first")}
+    path = paths.get(what) or record_of(made, "first")
+    rot(path)
+    bad, write = path.read_bytes(), Path.write_bytes
+
+    def half(to: Path, data: bytes) -> None:
+        full = path.name in to.name
+        write(to, data[: len(data) // 2] if full else data)
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(to))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", half)
+        mending = repair(made)
+    if what == "listing":  # brought back by the stage that makes it
+        assert mending.after.sound
+        return
+    assert path.read_bytes() == bad
+    assert [one.path for one in mending.after.findings] == [path.relative_to(made).as_posix()]
+    assert any(not one.mended and "disk full" in one.how for one in mending.done)
+    assert repair(made).after.sound
 
 
 def test_what_somebody_wrote_is_moved_and_kept(made: Path) -> None:

@@ -9,13 +9,13 @@ machine, so the commit is made here of what it sent: params.yaml, dvc.lock, the 
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from stages.stage import replacing
 from tasks.git import git
 from tasks.pool.workspace import cache_of
 
@@ -78,7 +78,6 @@ def _keep_metrics(root: Path, sent: dict[str, Any]) -> None:
         place = cache / md5[:2] / md5[2:]
         if sums.get(path) == md5 and not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = place.with_name(f".{md5}.tmp-{os.getpid()}")
-            temporary.write_bytes(data)
-            temporary.chmod(0o444)  # as DVC's own
-            temporary.replace(place)
+            with replacing(place) as temporary:
+                temporary.write_bytes(data)
+                temporary.chmod(0o444)  # as DVC's own

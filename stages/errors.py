@@ -12,7 +12,7 @@ READ_ONLY = re.compile(r"Read-only file system|os error 30\b|\[Errno 30\]")
 NO_MEMORY = "memory ran out"
 _NO_MEMORY = re.compile(
     r"std::bad_alloc|[Cc]an(no|')t allocate memory|out of memory|Failed to allocate memory"
-    r"|Memory allocation still failed|os error 12\b|^MemoryError",
+    r"|Memory allocation still failed|cannot map zero-fill pages|os error 12\b|^MemoryError",
     re.MULTILINE,
 )
 

@@ -126,7 +126,8 @@ class Job:
             return f"{stage}: stopped after {self.stopped}"
         code = self.process.returncode
         killed = code == -signal.SIGKILL and _kills_for_memory() > self._kills_before
-        if killed or (code < 0 and out_of_memory("\n".join(self.lines))):
+        last = next((line for line in reversed(self.lines) if line.strip()), "")
+        if killed or out_of_memory("\n".join(self.lines) if code < 0 else last):
             return f"{stage}: {NO_MEMORY}{less_memory(stage)}"
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return own_words(stage, self.lines, ended)

@@ -256,6 +256,9 @@ EATERS = {
     "Python": "bytearray(10**13)",
     "NumPy": "import numpy; numpy.ones(10**13)",
     "PyTorch": "import torch; torch.ones(10**13)",
+    "OpenBLAS": 'import os; print("OpenBLAS error: Memory allocation still failed after 10 '
+    'retries, giving up."); os._exit(1)',
+    "the loader": 'raise ImportError("libtorch_cpu.so: cannot map zero-fill pages")',
     "C++": 'import os; os.write(2, b"what():  std::bad_alloc\\n"); os.abort()',
 }
 

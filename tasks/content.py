@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stages.errors import on_one_line
 from stages.reading import parsed
-from stages.sums import inside, opened, shown
+from stages.sums import inside, opened
 
 Progress = Callable[[int, int, str], None]
 CHUNK = 1 << 20
@@ -58,7 +59,7 @@ def read(paths: Iterable[Path], on_progress: Progress) -> dict[Path, Content]:
         nonlocal done
         with alone:
             done += size
-            on_progress(done, total, shown(path.name))
+            on_progress(done, total, on_one_line(path.name))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(sizes, pool.map(lambda path: _read(path, count), sizes), strict=True))
@@ -110,13 +111,13 @@ def files_of(entries: Any) -> dict[str, str]:
         match entry:
             case {"relpath": str(name), "md5": str(md5)} if inside(name) and FILE.fullmatch(md5):
                 if name in files:
-                    raise ValueError(f"{shown(name)} is there twice")
+                    raise ValueError(f"{on_one_line(name)} is there twice")
                 files[name] = md5
             case _:
-                raise ValueError(f"no file of a folder: {shown(str(entry)[:200])}")
+                raise ValueError(f"no file of a folder: {on_one_line(str(entry)[:200])}")
     for name in files:
         if any(str(above) in files for above in PurePosixPath(name).parents):
-            raise ValueError(f"{shown(name)} is in a file")
+            raise ValueError(f"{on_one_line(name)} is in a file")
     return files
 
 

@@ -30,8 +30,9 @@ from dvc_data.hashfile.tree import Tree
 from dvc_objects.db import ObjectDB
 from dvc_objects.errors import ObjectFormatError
 
+from stages.errors import on_one_line
 from stages.stage import remove, replacing
-from stages.sums import inside, shown
+from stages.sums import inside
 from tasks.content import files_of, kept
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def _inside(path_of: Callable[[Any, str], str]) -> Callable[[Any, str], str]:
 
     def oid_to_path(db: Any, oid: str) -> str:
         if not HASH.fullmatch(oid):
-            raise Unsafe(f"no hash: {shown(oid)}")
+            raise Unsafe(f"no hash: {on_one_line(oid)}")
         return path_of(db, oid)
 
     return oid_to_path

@@ -34,6 +34,7 @@ from sweeping import GRID, Machine, clone, machine, make, wait_until
 from conftest import BIN, sh
 from lab import content
 from tasks import server
+from tasks.pool import runs
 from tests.emulator.azurite import Azurite
 
 
@@ -344,3 +345,6 @@ def test_one_command_without_a_worker(tmp_path: Path, api: str) -> None:
     assert found[1]["message"] == "size_mb is 0.009, wanted ≤ 0.006"
     stages = Counter(line.split()[0] for line in ran.read_text().splitlines())
     assert stages["quantize"] == 2 and stages["finetune@travel"] == 1
+    with get_client(sync_client=True) as client:
+        taken_by = [one.labels.get(runs.CLONE) for one in client.read_flow_runs(limit=200)]
+    assert taken_by.count(runs.clone(project)) == 2

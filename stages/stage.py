@@ -146,21 +146,35 @@ def new_output(path: Path) -> Iterator[Path]:
 def replacing(path: Path, ready: Callable[[], object] = lambda: None) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; it becomes `path` only when nothing was raised.
 
-    Whoever reads `path` meanwhile, or after a kill, has all of the one before or of this one; a
-    folder may also be missing.
+    Whoever reads `path` meanwhile, or after a kill or a power cut, has all of the one before or of
+    this one; a folder may also be missing.
 
     Args:
-        ready: called when all of it is there, before it takes its place.
+        ready: called when all of it is on the disk, before it takes its place.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
+        inner = temporary.rglob("*") if temporary.is_dir() else []
+        for each in [*inner, temporary]:
+            if not each.is_symlink():
+                _to_disk(each)
         ready()
         if temporary.is_dir() or path.is_dir():
             remove(path)
         os.replace(temporary, path)
+        _to_disk(path.parent)
     finally:
         remove(temporary)
+
+
+def _to_disk(path: Path) -> None:
+    """Have the disk hold a file or a folder's names: else its name may be there first."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _open_to_readers(path: Path) -> None:

@@ -59,6 +59,39 @@ def test_outputs_can_be_read_by_whoever_may_read_the_folder(tmp_path: Path) -> N
     assert (tmp_path / "out/weights").stat().st_mode == mode
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_output_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """After a power cut an empty file could have the name."""
+    said: list[str] = []
+    path = tmp_path / "out"
+    name = f".out.tmp-{os.getpid()}"
+    if kind == "file":
+        path.write_text("before")
+
+    def fsync(number: int) -> None:
+        said.append(Path(f"/proc/self/fd/{number}").readlink().relative_to(tmp_path).as_posix())
+
+    def replace(source: Path, target: Path) -> None:
+        assert path.exists() == (kind == "file")
+        said.append("replace")
+        Path(source).rename(target)
+
+    monkeypatch.setattr(stage.os, "fsync", fsync)
+    monkeypatch.setattr(stage.os, "replace", replace)
+    with stage.new_output(path) as out:
+        if kind == "folder":
+            (out / "inner").mkdir(parents=True)
+            (out / "inner/b").touch()
+            (out / "a").touch()
+        else:
+            out.touch()
+    folder = [f"{name}/a", f"{name}/inner", f"{name}/inner/b"] if kind == "folder" else []
+    assert sorted(said[:-2]) == [name, *folder]
+    assert said[-2:] == ["replace", "."]
+
+
 def test_writing_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="nothing was written"), stage.new_output(tmp_path / "x"):
         pass

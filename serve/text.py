@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from serve.errors import ApiError
+from serve.template import Template
 from stages.errors import UserError
 from stages.generation import MANIFEST, prompt_template, read_config
 from stages.reading import JSON_BYTES, Missing, content, json_object
@@ -74,7 +71,7 @@ class Text:
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._longest = max(map(len, vocabulary), default=1)
-        self._special, self._chat = _template(folder)
+        self._chat = _template(folder)
         self.taught = self._taught(folder)
 
     def _taught(self, folder: Path) -> str | None:
@@ -85,7 +82,10 @@ class Text:
         if self._chat is None:
             return taught
         probe = [{"role": "user", "content": PROBE}]
-        return None if self.chat(probe) == taught.replace("{prompt}", PROBE) else taught
+        try:
+            return None if self._chat.render(probe) == taught.replace("{prompt}", PROBE) else taught
+        except ValueError as error:
+            raise UserError(f"{folder}: its chat template refuses a question: {error}") from None
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Token ids.
@@ -112,10 +112,8 @@ class Text:
         if self._chat is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
         try:
-            return self._chat.render(
-                messages=list(messages), add_generation_prompt=True, **self._special
-            )
-        except (TemplateError, TypeError, ValueError, OverflowError) as error:
+            return self._chat.render(messages)
+        except ValueError as error:
             why = f"the model's chat template refuses these messages: {error}"
             raise ApiError(400, why[:500], "messages") from None
 
@@ -185,8 +183,8 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _template(folder: Path) -> tuple[dict[str, Any], Any]:
-    """Special tokens by name, and the chat template if there is one."""
+def _template(folder: Path) -> Template | None:
+    """The chat template if there is one."""
     try:
         settings = json_object(folder / "tokenizer_config.json")
     except Missing:
@@ -195,29 +193,8 @@ def _template(folder: Path) -> tuple[dict[str, Any], Any]:
     source = settings.get("chat_template")
     if (folder / "chat_template.jinja").exists():
         source = content(folder / "chat_template.jinja", JSON_BYTES).decode("utf-8", "replace")
-    if not isinstance(source, str):
-        return special, None
-    try:
-        return special, _environment().from_string(source)
-    except TemplateError as error:
-        raise UserError(f"{folder}: the chat template is damaged: {error}") from None
+    return Template(source, special) if isinstance(source, str) else None
 
 
 def _name(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The one that chat templates are written for: transformers' `apply_chat_template`."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, **rest: json.dumps(
-        value, ensure_ascii=False, **rest
-    )
-    environment.globals["raise_exception"] = _refuse
-    return environment
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from serve import template
+from serve.errors import ApiError
 from serve.sampling import Sampler
 from serve.text import Text, Writer
+from stages.errors import UserError
 
 if TYPE_CHECKING:
     pass
@@ -136,7 +141,39 @@ def test_text_of_a_custom_template(served_package: Path, tmp_path: Path) -> None
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
     with pytest.raises(Exception, match="no such role"):
         Text(folder, 256).chat(said)
-    for damaged in ("{% if %}", "{{ ''.__class__.__mro__ }}"):
+    for damaged in ("{% if %}", "{{ ''.__class__.__mro__ }}", "{{ 1 / 0 }}", "{{ x.y.z }}"):
         (folder / "chat_template.jinja").write_text(damaged)
         with pytest.raises(Exception, match="template"):
             Text(folder, 256).chat(said)
+
+
+POWER = "{% set n = 10 %}{{ n ** (9**9) }}"
+LONG = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
+AT_WHERE = "{% if messages[0].content == 'Where?' %}HARM{% endif %}{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("harm", [LONG, POWER, "{{ 'a'|center(10**10) }}"])
+def test_a_template_without_end_stops_neither_start_nor_others(
+    served_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    """In whatever thread it is rendered, and whether it always takes so long or at times."""
+    monkeypatch.setattr(template, "SECONDS", 1)
+    folder = Path(shutil.copytree(served_package, tmp_path / "package"))
+    (folder / "chat_template.jinja").write_text(harm)
+    with pytest.raises(UserError, match="chat template refuses a question: it takes more than"):
+        Text(folder, 256)
+    (folder / "chat_template.jinja").write_text(AT_WHERE.replace("HARM", harm))
+    with ThreadPoolExecutor() as threads:
+        text = Text(folder, 256)
+        for _ in range(2):
+            with pytest.raises(ApiError, match="refuses these messages: it takes more than"):
+                threads.submit(text.chat, [{"role": "user", "content": "Where?"}]).result()
+            assert text.chat([{"role": "user", "content": "Who?"}]) == "Who?"
+
+
+def test_the_process_of_a_template_ends_with_its_text(served_package: Path) -> None:
+    before = set(psutil.Process().children())
+    text = Text(served_package, 256)
+    (process,) = set(psutil.Process().children()) - before
+    del text
+    assert not process.is_running()

@@ -19,7 +19,7 @@ demo: install  ## the whole pipeline on the built-in model, then one question wi
 test: install  ## everything but what takes minutes
 	$(BIN)/pytest
 
-test-long: install  ## that too: sweeps in bad weather
+test-long: install  ## what takes minutes: sweeps in bad weather, real runs, kills, full disks
 	$(BIN)/pytest -m long
 
 fuzz: install  ## 100,000 cases for the readers of what others wrote, some minutes

@@ -430,7 +430,7 @@ def a_pipe_for_sums(folder: Path) -> str:
 
 def a_file_more(folder: Path) -> str:
     (folder / "adapters/evil\x1b[2J.bin").write_text("x")
-    return "'adapters/evil\\x1b[2J.bin'"
+    return "adapters/evil\\x1b[2J.bin"
 
 
 def a_file_less(folder: Path) -> str:

@@ -80,11 +80,8 @@ def test_who_signed_and_what_must_both_be_right(sigstore: LocalSigstore, package
         done = typed(*(other if one == said else one for one in right), cwd=package.parent)
         assert done.exit_code == 1 and "is no signature by whom it should be" in done.output
     with local_sigstore.running(subject=sigstore.subject) as stranger:
-        mine = sigstore.trust_config().replace(sigstore.url, stranger.url)
-        theirs = asked(stranger, package)
-        done = typed(*theirs, cwd=package.parent)
+        done = typed(*asked(stranger, package), cwd=package.parent)
         assert done.exit_code == 1 and "is no signature by whom it should be" in done.output
-        assert mine != stranger.trust_config()
     config(sigstore, package.parent)
     tokens = package / "tokenizer.json"
     tokens.write_bytes(tokens.read_bytes().replace(b"a", b"b", 1))

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from serve.errors import ApiError
-from serve.template import Template
 from stages.errors import UserError
 from stages.generation import MANIFEST, prompt_template, read_config
 from stages.reading import JSON_BYTES, Missing, content, json_object
+from stages.template import Template
 
 PROBE = "\N{OBJECT REPLACEMENT CHARACTER}"  # a question that no template has in it
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -83,9 +83,10 @@ class Text:
             return taught
         probe = [{"role": "user", "content": PROBE}]
         try:
-            return None if self._chat.render(probe) == taught.replace("{prompt}", PROBE) else taught
+            asked = self._chat.render(probe, add_generation_prompt=True)
         except ValueError as error:
             raise UserError(f"{folder}: its chat template refuses a question: {error}") from None
+        return None if asked == taught.replace("{prompt}", PROBE) else taught
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Token ids.
@@ -112,7 +113,7 @@ class Text:
         if self._chat is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
         try:
-            return self._chat.render(messages)
+            return self._chat.render(messages, add_generation_prompt=True)
         except ValueError as error:
             why = f"the model's chat template refuses these messages: {error}"
             raise ApiError(400, why[:500], "messages") from None

@@ -18,12 +18,13 @@ from tiny import make_project, refused
 
 from conftest import REPO, init_project, sh, typed
 from stages import convert, fetch, generation, hub, params, reading, rows, sums
+from stages import template as templates
 from stages import tokenizer as tokenizers
 from stages.errors import UserError
-from stages.tokenizer import bounded
 from tasks import run_cache
 from tasks.pipeline import check_depth
 from tasks.sweep import spec
+from tests.bounded import bounded
 from tests.fuzz.inputs import BOMB
 from tests.fuzz.targets import ADAPTER, GENAI, PACKAGE, SWEEP, as_yaml, write, write_package
 from tests.models import save_tokenizer
@@ -388,6 +389,7 @@ def test_what_stands_beside_prompt_in_a_template_is_text(tokenizer: Any, attack:
     [
         "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 'a' * 10**11 }}",
+        "{{ 10 ** (9**9) }}",
         "{{ 'a'|center(10**11) }}",
         "{{ range(10**9)|list }}",
         "{% set n = namespace(a='aaaa') %}{% for i in range(40) %}{% set n.a = n.a ~ n.a %}"
@@ -403,8 +405,8 @@ def test_a_chat_template_that_goes_too_far_is_a_message(
     tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tokenizers, "SECONDS", 0.3)
-    monkeypatch.setattr(tokenizers, "MEGABYTES", 128)
+    monkeypatch.setattr(templates, "SECONDS", 0.3)
+    monkeypatch.setattr(templates, "MEGABYTES", 128)
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(UserError, match="the base model's chat template fails: "):
         rows.render(tokenizer, "chat", "What?", "That.")

@@ -6,23 +6,18 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from serve import template
 from serve.errors import ApiError
 from serve.sampling import Sampler
 from serve.text import Text, Writer
+from stages import template
 from stages.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOGITS = np.random.default_rng(0).normal(0, 2, 1000).astype(np.float32)
@@ -169,11 +164,3 @@ def test_a_template_without_end_stops_neither_start_nor_others(
             with pytest.raises(ApiError, match="refuses these messages: it takes more than"):
                 threads.submit(text.chat, [{"role": "user", "content": "Where?"}]).result()
             assert text.chat([{"role": "user", "content": "Who?"}]) == "Who?"
-
-
-def test_the_process_of_a_template_ends_with_its_text(served_package: Path) -> None:
-    before = set(psutil.Process().children())
-    text = Text(served_package, 256)
-    (process,) = set(psutil.Process().children()) - before
-    del text
-    assert not process.is_running()

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from stages.errors import UserError, printable
-from stages.tokenizer import bounded
+from tests.bounded import bounded
 from tests.fuzz.inputs import spoil
 from tests.fuzz.targets import Target
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from stages import assets, azure, blobs, bom, convert, fetch, generation, hub, params, rows, sums
+from stages import template as chat_templates
 from stages import tokenizer as tokenizers
 from stages.errors import UserError
 from tasks import lineage, origin, overrides, run_cache, store
@@ -387,7 +388,7 @@ def use_template(folder: Path, template: str) -> None:
     tokenizer.chat_template = template
     limits = {"SECONDS": 0.3, "MEGABYTES": 128}
     try:
-        with mock.patch.multiple(tokenizers, **limits):
+        with mock.patch.multiple(chat_templates, **limits):
             start, answer = rows.render(tokenizer, "chat", "What?", "That.")
         assert isinstance(start, str) and isinstance(answer, str)
     finally:

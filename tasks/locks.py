@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dvc.rwlock
 import psutil
 import zc.lockfile
 from dvc.lock import Lock, LockError, make_lock
 from dvc.repo import Repo
 from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+from voluptuous import Invalid
 from zc.lockfile import SimpleLockFile
-
-from tasks import store
 
 CLOCK_SECONDS = 2  # by which the start of a process may seem later than it was
 
@@ -33,14 +36,48 @@ def _lock(self: Lock) -> None:
     self._lock_failed = False
 
 
+@contextlib.contextmanager
+def _edit_list(folder: str, fs: Any, hardlink: bool) -> Iterator[dict[str, Any]]:
+    """Take the place of DVC's `_edit_rwlock`, which writes the list in place.
+
+    Where the disk is full that leaves half of it, and every later stage is refused. Here the list
+    stays as it was.
+    """
+    path = Path(folder, RWLOCK_FILE)
+    with make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=folder, hardlink_lock=hardlink):
+        held = _read(path) or dvc.rwlock.SCHEMA({})
+        held = {"write": defaultdict(dict, held["write"]), "read": defaultdict(list, held["read"])}
+        yield held
+        _write(path, held)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """DVC's list; None where there is none, or half of one, of a `dvc` that was killed."""
+    try:
+        return dvc.rwlock.SCHEMA(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, ValueError, Invalid):
+        return None
+
+
+def _write(path: Path, held: dict[str, Any]) -> None:
+    """Not forced to the disk: after a power cut nobody is at work."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(held), "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 Lock._do_lock = _lock
+dvc.rwlock._edit_rwlock = _edit_list
 
 
 def remove_dead(repo: Repo) -> None:
     """Remove from DVC's list of who reads and writes what those whose process is gone.
 
     DVC drops an entry when no process has its number; after a restart of the machine or of a
-    container another may have it. It writes the list in place, so that a kill may leave half of it.
+    container another may have it.
     """
     folder = Path(repo.tmp_dir)
     path = folder / RWLOCK_FILE
@@ -49,20 +86,16 @@ def remove_dead(repo: Repo) -> None:
         str(folder / RWLOCK_LOCK), tmp_dir=repo.tmp_dir, hardlink_lock=hardlink, wait=True
     )
     with guard:
-        try:
-            held = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            return
-        except ValueError:
-            path.unlink()
+        if (held := _read(path)) is None:
+            path.unlink(missing_ok=True)
             return
         written = path.stat().st_mtime
-        for name, writer in list(held.get("write", {}).items()):
+        for name, writer in list(held["write"].items()):
             if not _lives(writer, written):
                 del held["write"][name]
-        for name, readers in list(held.get("read", {}).items()):
+        for name, readers in held["read"].items():
             held["read"][name] = [reader for reader in readers if _lives(reader, written)]
-        store.replace(path, json.dumps(held).encode())
+        _write(path, held)
 
 
 def at_work(tmp: Path) -> set[int]:
@@ -72,13 +105,11 @@ def at_work(tmp: Path) -> set[int]:
         tmp: DVC's folder for what is no part of the project.
     """
     path = tmp / RWLOCK_FILE
-    try:
-        held = json.loads(path.read_text("utf-8"))
-        written = path.stat().st_mtime
-    except (FileNotFoundError, ValueError):
+    if (held := _read(path)) is None:
         return set()
-    readers = [reader for readers in held.get("read", {}).values() for reader in readers]
-    entries = [*held.get("write", {}).values(), *readers]
+    written = path.stat().st_mtime
+    readers = [reader for readers in held["read"].values() for reader in readers]
+    entries = [*held["write"].values(), *readers]
     return {who["pid"] for who in entries if _lives(who, written)} - {os.getpid()}
 
 

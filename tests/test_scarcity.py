@@ -207,8 +207,9 @@ def test_a_full_disk_is_one_line_and_the_next_run_mends(
         monkeypatch.chdir(root)
         try:
             with full(disk):
-                said = failed(root)
-            assert said.startswith("first: ") and "space left on" in said
+                for _ in range(2):
+                    said = failed(root)
+                    assert said.startswith("first: ") and "space left on" in said
             bridge.begin(root)  # as every run does
             assert run(root).action == "run"
             assert (root / "out/first").read_bytes() == b"x" * 200_000

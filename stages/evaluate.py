@@ -24,6 +24,7 @@ from stages.stage import (
     PLOTS,
     PREPARED,
     QUANTIZED,
+    TORCH_MB,
     new_output,
     progress,
     read_json,
@@ -264,4 +265,4 @@ def slower_than_float(speed: dict) -> bool:
 
 
 if __name__ == "__main__":
-    run(main, "evaluate")
+    run(main, "evaluate", TORCH_MB)

@@ -191,4 +191,4 @@ def check(out: Path, params: Export) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main, "export")
+    stage.run(main, "export", stage.TORCH_MB)

@@ -133,4 +133,4 @@ def check(model: Path, adapter: Path, tokens: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main, "finetune")
+    stage.run(main, "finetune", stage.TORCH_MB)

@@ -13,7 +13,17 @@ from stages.errors import UserError
 from stages.gates import OF_MEASURE, check_gates
 from stages.params import Evaluate, Params
 from stages.rows import read_halves
-from stages.stage import BASE, METRICS, QUANTIZED, new_output, progress, read_json, run, write_json
+from stages.stage import (
+    BASE,
+    METRICS,
+    QUANTIZED,
+    TORCH_MB,
+    new_output,
+    progress,
+    read_json,
+    run,
+    write_json,
+)
 from stages.tokenizer import load
 
 if TYPE_CHECKING:
@@ -92,4 +102,4 @@ def finite(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    run(main, "measure")
+    run(main, "measure", TORCH_MB)

@@ -176,4 +176,4 @@ def check(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main, "quantize")
+    stage.run(main, "quantize", stage.TORCH_MB)

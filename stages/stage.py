@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -37,6 +38,7 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 os.umask(UMASK := os.umask(0))  # it cannot be read; once, as another thread may write meanwhile
 COMMIT = "OLIVEPRESS_COMMIT"  # environment variable: the JSON of `commit`
+TORCH_MB = 500  # of PyTorch, transformers and Olive, before there is a model
 CALLER = "OLIVEPRESS_CALLER"  # environment variable: id of the process that looks after this one
 NOT_LOCK = ["--", ":(top)", ":(exclude)dvc.lock"]  # to Git: all files but it
 
@@ -306,6 +308,18 @@ def _check_toolchain() -> None:
             )
 
 
+def _check_memory(megabytes: int) -> None:
+    """Have libraries begin only where there is room for them.
+
+    SciPy's OpenBLAS, for one, asks for its buffers again and again, and for ever.
+
+    Raises:
+        OSError: the process may not have so much.
+    """
+    if megabytes and hasattr(mmap, "MAP_PRIVATE"):
+        mmap.mmap(-1, megabytes << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+
+
 def record(stage: str, started: float) -> dict:
     """When, how long, by what and from which commit; inputs and parameters are in dvc.lock."""
     return {
@@ -334,10 +348,13 @@ def data_read(stage: str, params: Params, adapter: str | None) -> dict[str, str]
     return {portable(path): sha256(Path(path))} if path and Path(path).is_file() else {}
 
 
-def run(main: Callable[..., None], stage: str) -> None:
+def run(main: Callable[..., None], stage: str, megabytes: int = 0) -> None:
     """Entry point of a stage module: `main(params)`, or `main(params, adapter)` for one adapter.
 
     Exits 0, or 1 with one message on standard error for a user's mistake or a full disk.
+
+    Args:
+        megabytes: what the libraries that it loads take.
     """
     die_with_parent()
     for name, value in ENVIRONMENT.items():
@@ -349,6 +366,7 @@ def run(main: Callable[..., None], stage: str) -> None:
     args = parser.parse_args()
     started = time.time()
     try:
+        _check_memory(megabytes)
         values = parameters.load()
         if stage != "toolchain":
             _check_toolchain()

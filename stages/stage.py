@@ -186,6 +186,11 @@ def _open_to_readers(path: Path) -> None:
             file.chmod(0o666 & ~UMASK)
 
 
+def of_time(path: str) -> bool:
+    """Whether a stage's output says when or how fast it was made, which is never the same twice."""
+    return path.startswith(f"{LINEAGE}/") or Path(path).parent == METRICS
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -32,7 +32,7 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
 
 from stages.errors import UserError
-from stages.stage import killed_with_parent
+from stages.stage import PACKAGE, killed_with_parent, of_time
 from tasks import integrity, locks, pipeline, store
 from tasks.command import Job, stopping
 from tasks.need import (
@@ -211,7 +211,10 @@ def reproduce(
                 if unchanged(now.stages[name]):
                     return _outcome(now.stages[name], "unchanged", [], started)
             with opened(root) as repo:
+                before = _expected(stages(repo)[name])
                 reasons = _bring_up_to_date(repo, name, job, elsewhere, flight)
+                if job.process:
+                    reasons = _otherwise(before, stages(repo)[name]) + reasons
                 where = elsewhere.ran_on if elsewhere else None
                 action: Action = (
                     "run" if job.process or where else "restore" if reasons else "unchanged"
@@ -240,6 +243,29 @@ def _outcome(
         outs=[str(out) for out in stage.outs],
         where=where,
     )
+
+
+def _expected(stage: PipelineStage) -> dict[str, str]:
+    """MD5 of outputs in dvc.lock, where a stage that is run would be given the same again."""
+    if stage.name == "toolchain" or inputs_changed(stage):  # that one reads what is installed
+        return {}
+    return _lasting(stage)
+
+
+def _otherwise(before: dict[str, str], stage: PipelineStage) -> list[str]:
+    """Which outputs did not come out as they were expected to, in words."""
+    now = _lasting(stage)
+    others = [path for path in before if path in now and before[path] != now[path]]
+    return [f"{path}: the same inputs now make other bytes" for path in others]
+
+
+def _lasting(stage: PipelineStage) -> dict[str, str]:
+    """MD5 of what dvc.lock records of a stage's outputs, but of those that say when or how fast."""
+    return {
+        out.def_path: str(out.hash_info.value)
+        for out in stage.outs
+        if out.hash_info and not of_time(out.def_path) and out.def_path != str(PACKAGE)
+    }
 
 
 def _bring_up_to_date(

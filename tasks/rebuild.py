@@ -11,7 +11,7 @@ from typing import Any
 from stages import bom, params, sums
 from stages.errors import UserError
 from stages.package import TRACE, volatile
-from stages.stage import LINEAGE, METRICS, PACKAGE, killed_with_parent, read_json
+from stages.stage import PACKAGE, killed_with_parent, of_time, read_json
 from stages.sums import SUMS
 from tasks import store
 from tasks.command import Job
@@ -92,7 +92,7 @@ def _lasting(entry: dict[str, Any] | None) -> dict[str, Any]:
     entry = entry or {}
 
     def lasting(digests: dict[str, str]) -> dict[str, str]:
-        return {path: md5 for path, md5 in digests.items() if not _of_time(path)}
+        return {path: md5 for path, md5 in digests.items() if not of_time(path)}
 
     return {
         "cmd": entry.get("cmd"),
@@ -100,7 +100,3 @@ def _lasting(entry: dict[str, Any] | None) -> dict[str, Any]:
         "deps": lasting(entry.get("deps", {})),
         "outs": lasting(entry.get("outs", {})),
     }
-
-
-def _of_time(path: str) -> bool:
-    return path.startswith(f"{LINEAGE}/") or Path(path).parent == METRICS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -57,6 +58,31 @@ def test_run_then_unchanged_then_restored(toy: Path) -> None:
     assert (again.action, again.reasons) == ("restore", ["out/first missing"])
     assert (toy / "out/first").read_text() == "hello\n"
     assert again.key == first.key
+
+
+NEVER_THE_SAME = """
+import os, time
+os.makedirs("out", exist_ok=True)
+open("out/first", "w").write(str(time.time_ns()))
+"""
+
+
+def test_a_stage_that_makes_other_bytes_of_the_same_is_told(toy: Path) -> None:
+    def made_again() -> list[str]:
+        (toy / "out/first").unlink()
+        shutil.rmtree(toy / ".dvc/cache")
+        again = run(toy)
+        assert again.action == "run"
+        return again.reasons
+
+    run(toy)
+    assert made_again() == ["out/first not cached"]
+    (toy / "first.py").write_text(NEVER_THE_SAME)
+    assert run(toy).reasons == ["first.py modified"]
+    told = "out/first: the same inputs now make other bytes"
+    assert made_again() == [told, "out/first not cached"]
+    overrides.apply(toy, {"quantize.bits": 8})
+    assert run(toy).reasons == ["params quantize.bits 4 → 8"]
 
 
 def test_a_parameter_that_goes_back_restores_the_first_bytes(toy: Path) -> None:

@@ -15,6 +15,9 @@ _NO_MEMORY = re.compile(
     r"|Memory allocation still failed|cannot map zero-fill pages|os error 12\b|^MemoryError",
     re.MULTILINE,
 )
+# Each thread has a stack; the libraries say the same for too many processes.
+NO_THREADS = f"{NO_MEMORY}, or no more threads are allowed (ulimit -u)"
+_NO_THREADS = re.compile(r"can't start new thread|[Tt]hread creation failed|pthread_create failed")
 
 
 class UserError(Exception):
@@ -62,14 +65,16 @@ def lack(error: BaseException) -> str | None:
             return f"cannot be written, the file system is read-only: {path or 'an output'}"
         if isinstance(each, PermissionError):
             return f"cannot be written or read, permission denied: {path or text}"
-        if isinstance(each, MemoryError) or out_of_memory(text):
-            return NO_MEMORY
+        if said := NO_MEMORY if isinstance(each, MemoryError) else no_memory(text):
+            return said
     return None
 
 
-def out_of_memory(text: str) -> bool:
-    """Whether a library says so, also one that ends the process."""
-    return bool(_NO_MEMORY.search(text))
+def no_memory(text: str) -> str | None:
+    """In a few words that memory ran out, if a library says so, also one that ends the process."""
+    if _NO_THREADS.search(text):
+        return NO_THREADS
+    return NO_MEMORY if _NO_MEMORY.search(text) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

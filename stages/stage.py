@@ -391,5 +391,7 @@ def run(main: Callable[..., None], stage: str, megabytes: int = 0) -> None:
         sys.exit(f"{stage}: {error}")
     except Exception as error:
         if said := lack(error):
-            sys.exit(f"{stage}: {said}" + (less_memory(stage) if said == NO_MEMORY else ""))
+            sys.exit(
+                f"{stage}: {said}" + (less_memory(stage) if said.startswith(NO_MEMORY) else "")
+            )
         raise

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.errors import NO_MEMORY, out_of_memory
+from stages.errors import NO_MEMORY, no_memory
 from stages.redact import without_secrets
 from stages.stage import CALLER, less_memory
 
@@ -127,8 +127,9 @@ class Job:
         code = self.process.returncode
         killed = code == -signal.SIGKILL and _kills_for_memory() > self._kills_before
         last = next((line for line in reversed(self.lines) if line.strip()), "")
-        if killed or out_of_memory("\n".join(self.lines) if code < 0 else last):
-            return f"{stage}: {NO_MEMORY}{less_memory(stage)}"
+        said = no_memory("\n".join(self.lines) if code < 0 else last)
+        if said := NO_MEMORY if killed else said:
+            return f"{stage}: {said}{less_memory(stage)}"
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return own_words(stage, self.lines, ended)
 

@@ -261,6 +261,11 @@ EATERS = {
     "OpenBLAS": 'import os; print("OpenBLAS error: Memory allocation still failed after 10 '
     'retries, giving up."); os._exit(1)',
     "the loader": 'raise ImportError("libtorch_cpu.so: cannot map zero-fill pages")',
+    "a thread": "import resource, threading; "
+    "resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28)); threading.stack_size(1 << 29); "
+    "threading.Thread(target=print).start()",
+    "OpenMP": 'import os; os.write(2, b"libgomp: Thread creation failed: Resource temporarily '
+    'unavailable\\n"); os._exit(1)',
     "C++": 'import os; os.write(2, b"what():  std::bad_alloc\\n"); os.abort()',
 }
 
@@ -274,7 +279,9 @@ def test_out_of_memory_says_what_to_lower(toy: Path, eater: str) -> None:
     write_json(toy / "models/toolchain.json", versions())
     (toy / "quantize.py").write_text(HUNGRY.format(repo=str(REPO), eat=EATERS[eater]))
     said = failed(toy, "quantize")
-    assert said.startswith("quantize: memory ran out: lower quantize.calibration_samples"), said
+    threads = ", or no more threads are allowed (ulimit -u)"
+    ran_out = f"memory ran out{threads if eater in {'a thread', 'OpenMP'} else ''}"
+    assert said.startswith(f"quantize: {ran_out}: lower quantize.calibration_samples"), said
 
 
 @pytest.mark.parametrize("stage", ["quantize", "measure", "export", "finetune", "evaluate"])

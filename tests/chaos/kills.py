@@ -88,12 +88,12 @@ def kill(
     if not one.wrong:
         worker_is_done(clone)
     one.wrong += state_of(clone)
-    if one.wrong:  # the next kill begins with losing it
-        shutil.copytree(clone.folder, f"{clone.folder}.wrong-{number}", symlinks=True)
     if one.wrong and all("is Submitting" in text or "is Pending" in text for text in one.wrong):
         time.sleep(WORKER_SECONDS)  # taken by a worker, and its process had not come to a line
         clone._command("olivepress", "ui")
         one.wrong = unfinished(clone)
+    if one.wrong:  # the next kill begins with losing it
+        shutil.copytree(clone.folder, f"{clone.folder}.wrong-{number}", symlinks=True)
     return one
 
 

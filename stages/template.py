@@ -66,6 +66,10 @@ class _Renderer:
     """The process, which is begun when it is needed, and ends when nobody can ask it any more."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Have none, as one that was forked: the process stays with who began it."""
         self._process: subprocess.Popen[str] | None = None
         self._alone = threading.Lock()
 
@@ -94,10 +98,6 @@ class _Renderer:
             text=True,
             start_new_session=True,  # Ctrl-C is for the server, which answers what it has begun
         )
-
-    def forget(self) -> None:
-        """Leave the process to whoever this one was forked from."""
-        self.__init__()  # type: ignore[misc]
 
 
 _renderer = _Renderer()

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -129,9 +128,3 @@ def test_one_that_ends_otherwise_is_not_called_slow(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="its process ended with -9"):
         good.render([])
     assert good.render([]) == "a"
-
-
-def test_it_needs_no_more_than_jinja() -> None:
-    """It is begun by servers that have been up for long, and by each stage that renders."""
-    source = Path(Template.__module__.replace(".", "/") + ".py").read_text()
-    assert "from stages" not in source and "transformers import" not in source

@@ -105,9 +105,11 @@ def at_work(tmp: Path) -> set[int]:
         tmp: DVC's folder for what is no part of the project.
     """
     path = tmp / RWLOCK_FILE
-    if (held := _read(path)) is None:
+    try:
+        held = _read(path) or dvc.rwlock.SCHEMA({})
+        written = path.stat().st_mtime
+    except FileNotFoundError:  # this takes no lock, so the list may go at any moment
         return set()
-    written = path.stat().st_mtime
     readers = [reader for readers in held["read"].values() for reader in readers]
     entries = [*held["write"].values(), *readers]
     return {who["pid"] for who in entries if _lives(who, written)} - {os.getpid()}
